@@ -1,0 +1,29 @@
+"""The mini model's temporal autoencoder, from scratch on renders: 8 x smaller, 4 channels.
+
+Command:  python -m v3d_jax.render MESHES... --out data/orbits --size 256 --views 36
+          python -m v3d_jax.train configs/mini_vae.py --data.path data/orbits
+Hardware: one H200
+Hours:    not measured yet
+Result:   not measured yet (previews.csv: PSNR of reconstructions of training and held-out clips)
+
+The model is in runs/mini_vae/model; its config.json holds the measured scale factor of the latents.
+"""
+
+from v3d_jax.config import AutoencoderTrainConfig, RunConfig
+from v3d_jax.data.loader import LoaderConfig
+from v3d_jax.nn.generator import MINI
+from v3d_jax.state import OptimConfig
+from v3d_jax.training.autoencoder import AutoencoderLossConfig
+from v3d_jax.training.objective import DataConfig
+
+config = AutoencoderTrainConfig(
+    model=MINI.autoencoder,
+    loss=AutoencoderLossConfig(mse=0.5, lpips=0.7, kl=1e-5, frames=6),
+    data=DataConfig(loader=LoaderConfig(batch_size=8, num_frames=18, threads=14)),
+    optim=OptimConfig(
+        lr=4e-4, warmup=500, decay="linear", decay_start=0.7, weight_decay=0.01, ema=0.999
+    ),
+    run=RunConfig(
+        dir="runs/mini_vae", steps=20_000, log_every=50, sample_every=2_000, save_every=2_000
+    ),
+)

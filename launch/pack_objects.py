@@ -1,0 +1,39 @@
+"""Packs the objects of two installed Debian packages for training.
+
+    apt-get install sweethome3d-furniture megaglest-data
+    python launch/pack_objects.py --root /usr --out objects.pack
+
+Two cores, about ten minutes; 1,100 objects, under 30 MB. With --choose it also chooses the
+held-out objects anew and prints their names, instead of using the packaged list.
+"""
+
+import argparse
+from pathlib import Path
+
+from v3d_jax.data import collect, selection
+
+
+def main() -> None:
+    """Reads, selects, splits and packs; prints the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path("/usr"))
+    parser.add_argument("--out", type=Path, default=Path("objects.pack"))
+    parser.add_argument("--choose", type=int, help="choose so many held-out objects anew")
+    arguments = parser.parse_args()
+    config, selected = collect.CollectConfig(), selection.SelectionConfig()
+    furniture, dropped = collect.sweethome3d(arguments.root, config, selected)
+    print(f"sweethome3d: {len(furniture)} good; left out: {dict(dropped)}")
+    game, dropped = collect.megaglest(arguments.root, config, selected)
+    print(f"megaglest: {len(game)} good; left out: {dict(dropped)}")
+    names = selection.heldout_names()
+    if arguments.choose:
+        names = selection.choose_heldout(furniture, arguments.choose)
+        print(*names, sep="\n")
+    train, heldout, related = selection.split([*furniture, *game], names)
+    print(f"{len(train)} train, {len(heldout)} held out, {len(related)} too like those")
+    collect.write(arguments.out, train, heldout, config)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

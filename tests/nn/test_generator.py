@@ -1,0 +1,54 @@
+import dataclasses
+
+import pytest
+
+from v3d_jax.nn import generator
+
+# Bytes that int8 weights of the packaged model may take, scales aside.
+MINI_LIMIT = 23_000_000
+
+
+def counts(config):
+    model = generator.abstract(config)
+    parts = (model.unet, model.autoencoder.encoder, model.autoencoder.decoder, model.vision)
+    return tuple(generator.num_parameters(part) for part in parts)
+
+
+@pytest.mark.slow
+@pytest.mark.golden
+def test_published_sizes():
+    # The 25-frame and the 18-frame model have the same networks: only clips differ.
+    same = {"num_frames": 25, "image_size": (576, 1024)}
+    assert dataclasses.replace(generator.V3D_512, **same) == generator.SVD_XT
+    assert counts(generator.V3D_512) == (1_524_623_082, 34_163_592, 63_579_183, 632_076_800)
+
+
+def test_mini_fits_the_package():
+    assert sum(counts(generator.MINI)) < MINI_LIMIT
+
+
+def test_latent_shapes():
+    assert generator.V3D_512.latent_shape == (18, 64, 64, 4)
+    assert generator.SVD_XT.latent_shape == (25, 72, 128, 4)
+    assert generator.SVD_XT.frame_size == (576, 1024)
+    assert generator.MINI.frame_size == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "name"),
+    [
+        ("unet", {"in_channels": 9}, "unet.in_channels"),
+        ("unet", {"out_channels": 3}, "unet.out_channels"),
+        ("unet", {"context_dim": 1}, "unet.context_dim"),
+        ("conditioner", {"scalars": ("azimuth", "elevation")}, "unet.vector_dim"),
+    ],
+)
+def test_parts_that_do_not_fit_are_errors(part, change, name):
+    changed = dataclasses.replace(getattr(generator.MINI, part), **change)
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(generator.MINI, **{part: changed})
+
+
+def test_frames_must_divide():
+    with pytest.raises(ValueError, match="do not divide by 32"):
+        dataclasses.replace(generator.MINI, image_size=(256, 240))

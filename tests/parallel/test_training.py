@@ -1,0 +1,150 @@
+"""A video model's loss and gradients on meshes of eight devices equal those on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from v3d_jax import pipeline
+from v3d_jax.diffusion import loss as edm
+from v3d_jax.diffusion import sampler
+from v3d_jax.nn import autoencoder, clip, conditioner, generator, unet
+from v3d_jax.parallel import mesh as meshes
+from v3d_jax.parallel import sharding
+from v3d_jax.training import video
+
+CLIPS, FRAMES = 8, 3
+
+
+def config(levels: int) -> generator.GeneratorConfig:
+    """One level has attention in the middle only; two have it below full resolution too."""
+    return generator.GeneratorConfig(
+        unet=unet.UNetConfig(
+            model_channels=32,
+            channel_mult=(1,) * levels,
+            num_res_blocks=1,
+            attention_resolutions=(2,),
+            head_channels=16,
+            context_dim=16,
+            vector_dim=16,
+        ),
+        autoencoder=autoencoder.AutoencoderConfig(channels=32, channel_mult=(1, 1)),
+        vision=clip.VisionConfig(
+            image_size=8,
+            patch=4,
+            width=16,
+            layers=1,
+            heads=2,
+            mlp=32,
+            output_dim=16,
+            output="tokens",
+            preprocess="plain",
+        ),
+        conditioner=conditioner.ConditionerConfig(scalars=("azimuth",), dim=16),
+        num_frames=FRAMES,
+        image_size=16,
+    )
+
+
+@functools.cache
+def model(levels: int):
+    """A graph and weights, none zero: a zero-initialised layer would hide what is before it."""
+    abstract = generator.abstract(config(levels))
+    graphdef, params = nnx.split(abstract)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
+        return (rng.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    params = jax.tree.map(draw, nnx.to_pure_dict(params))
+    return graphdef, {name: params[name] for name in video.PARTS}, params["autoencoder"]
+
+
+@functools.cache
+def batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    turn = np.arange(FRAMES, dtype=np.float32) * 120.0
+    return {
+        "latents": rng.standard_normal((CLIPS, FRAMES, 8, 8, 4)).astype(np.float16),
+        "image": rng.integers(0, 256, (CLIPS, 16, 16, 3), np.uint8),
+        "azimuth": np.tile(turn, (CLIPS, 1)) + rng.uniform(0, 360, (CLIPS, 1)).astype(np.float32),
+        "elevation": np.zeros(CLIPS, np.float32),
+        "index": np.arange(CLIPS, dtype=np.int32),
+    }
+
+
+@functools.cache
+def gradients(levels: int, devices: int, fsdp: int):
+    """Loss, the gradient's norm and the gradient of some of the weights, in numpy."""
+    mesh = meshes.make(meshes.MeshConfig(fsdp=fsdp, devices=devices))
+    graphdef, params, frozen = model(levels)
+    placements = sharding.weights(params, mesh, small=2**10)
+    everywhere = sharding.replicated(mesh)
+
+    def loss(params, frozen, batch, key):
+        whole = nnx.merge(graphdef, {**params, "autoencoder": frozen})
+        return video.video_loss(whole, batch, key, edm.LossConfig(), video.ConditionConfig())
+
+    def step(params, frozen, batch, key):
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
+        return value, optax.tree.norm(grads), grads
+
+    step = jax.jit(
+        step,
+        in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere),
+        out_shardings=(everywhere, everywhere, placements),
+        # A third less to compile; where things lie is decided before that.
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    placed = sharding.put(params, placements)
+    split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
+    assert bool(split) == (fsdp > 1)
+    value, norm, grads = step(placed, frozen, sharding.put_batch(batch(), mesh), jax.random.key(0))
+    return float(value), float(norm), jax.tree.map(np.asarray, grads)
+
+
+def assert_equal_to_one_device(levels: int, devices: int, fsdp: int):
+    value, norm, grads = gradients(levels, 1, 1)
+    sharded_value, sharded_norm, sharded_grads = gradients(levels, devices, fsdp)
+    assert norm > 0
+    assert sharded_value == pytest.approx(value, rel=1e-5)
+    assert sharded_norm == pytest.approx(norm, rel=1e-5)
+    difference = jax.tree.map(np.subtract, sharded_grads, grads)
+    assert float(optax.tree.norm(difference)) < 1e-5 * norm
+    # The image tower is trained through the UNet.
+    assert float(optax.tree.norm(grads["vision"])) > 1e-4 * norm
+
+
+def test_weights_and_batch_split_equal_one_device():
+    assert_equal_to_one_device(levels=1, devices=8, fsdp=2)
+
+
+@pytest.mark.slow
+def test_batch_split_equals_one_device():
+    assert_equal_to_one_device(levels=1, devices=8, fsdp=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_two_levels_equal_one_device(fsdp):
+    assert_equal_to_one_device(levels=2, devices=8, fsdp=fsdp)
+
+
+def test_condition_is_what_sampling_gives():
+    """The scalars of a training clip equal those of the pipeline, wherever the clip begins."""
+    graphdef, params, frozen = model(1)
+    whole = nnx.merge(graphdef, {**params, "autoencoder": frozen})
+    key = jax.random.key(0)
+    condition = video.make_condition(
+        whole, jax.tree.map(jnp.asarray, batch()), key, video.ConditionConfig()
+    )
+    settings = pipeline.Settings(config(1), sampler.SamplingConfig(), activations="float32")
+    expected = pipeline.vector(settings, CLIPS)
+    np.testing.assert_allclose(condition.vector, expected, atol=2e-4)
+    scaled = 0.18215 * batch()["latents"][:, 0].astype(np.float32)
+    np.testing.assert_allclose(condition.latent, scaled, rtol=1e-6)

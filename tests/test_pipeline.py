@@ -1,0 +1,142 @@
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_generator
+
+from v3d_jax import pipeline
+from v3d_jax.diffusion.sampler import SamplingConfig
+from v3d_jax.nn import conditioner, generator
+from v3d_jax.weights import folder
+
+SAMPLING = SamplingConfig(steps=3, sampler="dpmpp_2m", guidance_min=1.0, guidance_max=2.0)
+SETTINGS = pipeline.Settings(tiny_generator.CONFIG, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_generator.params()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return jax.random.uniform(jax.random.key(7), (16, 16, 3))
+
+
+@pytest.fixture(scope="module")
+def orbit():
+    return jax.jit(pipeline.generate_orbit, static_argnums=0)
+
+
+def test_the_whole_is_one_jitted_function_of_its_key(params, image, orbit, key):
+    frames = orbit(SETTINGS, params, image, key)
+    assert frames.shape == (3, 16, 16, 3)
+    assert frames.dtype == jnp.float32
+    assert 0.0 <= float(frames.min()) < float(frames.max()) <= 1.0
+    np.testing.assert_array_equal(frames, orbit(SETTINGS, params, image, key))
+    other = orbit(SETTINGS, params, image, jax.random.key(1))
+    assert float(jnp.abs(frames - other).max()) > 0.01
+    turned = orbit(SETTINGS, params, image[::-1], key)
+    assert float(jnp.abs(frames - turned).max()) > 0.01
+
+
+def test_stages_step_by_step_give_the_whole(params, image, orbit, key):
+    """What the command line does, one step at a time, is what the one function does."""
+    condition_key, noise_key = pipeline.split_key(key)
+    encode = jax.jit(pipeline.encode_condition, static_argnums=0)
+    advance = jax.jit(pipeline.advance, static_argnums=0)
+    condition = encode(SETTINGS, params, image[None], condition_key)
+    trajectory, levels = pipeline.begin(SETTINGS, 1, noise_key)
+    for i in range(len(levels) - 1):
+        trajectory = advance(SETTINGS, params, condition, trajectory, levels[i : i + 2])
+    frames = jax.jit(pipeline.decode, static_argnums=0)(SETTINGS, params, trajectory.x)[0]
+    np.testing.assert_allclose(frames, orbit(SETTINGS, params, image, key), atol=1e-4)
+
+
+def test_bfloat16_activations_stay_close_and_return_float32(params, key):
+    latents = jax.random.normal(key, (1, 3, 8, 8, 4))
+    decode = jax.jit(pipeline.decode, static_argnums=0)
+    half = decode(replace(SETTINGS, activations="bfloat16"), params, latents)
+    assert half.dtype == jnp.float32
+    difference = jnp.abs(half - decode(SETTINGS, params, latents))
+    assert 0 < float(difference.mean()) < 0.03
+
+
+def test_scale_one_costs_half(params, image, key):
+    condition = jax.eval_shape(
+        functools.partial(pipeline.encode_condition, SETTINGS), params, image[None], key
+    )
+
+    def flops(high):
+        settings = replace(SETTINGS, sampling=replace(SAMPLING, guidance_max=high))
+        sample = jax.jit(pipeline.sample_latents, static_argnums=0)
+        return sample.lower(settings, params, condition, key).cost_analysis()["flops"]
+
+    assert flops(1.0) / flops(2.0) == pytest.approx(0.5, abs=0.02)
+
+
+def test_azimuth_is_the_angle_from_frame_zero(params):
+    vector = pipeline.vector(SETTINGS, 2)
+    angles = jnp.broadcast_to(jnp.asarray([0.0, 120.0, 240.0]), (2, 3))
+    config = tiny_generator.CONFIG.conditioner
+    np.testing.assert_allclose(vector, conditioner.vector(config, {"azimuth": angles}), rtol=1e-6)
+
+
+def test_latent_of_a_model_that_is_not_told_of_noise(params, image, key):
+    network = pipeline.networks(SETTINGS, params)
+    pixels = 2.0 * image[None] - 1.0
+    mean = network.autoencoder.encode(pixels).mean
+    latent = pipeline.picture_latent(SETTINGS, network, pixels, key)
+    np.testing.assert_allclose(latent, 0.5 * mean, rtol=1e-6)
+
+
+def test_latent_of_a_model_that_is_told_of_noise(params, image):
+    """As SVD and V3D: a sample of the posterior plus noise, not scaled."""
+    scalars = conditioner.ConditionerConfig(("fps_id", "motion_bucket_id", "cond_aug"), 8)
+    told = replace(
+        tiny_generator.CONFIG,
+        conditioner=scalars,
+        unet=replace(tiny_generator.CONFIG.unet, vector_dim=24),
+    )
+    conditioning = pipeline.ConditioningConfig(cond_aug=0.5)
+    settings = pipeline.Settings(told, SAMPLING, conditioning)
+    network = pipeline.networks(SETTINGS, params)
+    pixels = jnp.broadcast_to(2.0 * image - 1.0, (512, 16, 16, 3))
+    posterior = network.autoencoder.encode(pixels[:1])
+    latents = pipeline.picture_latent(settings, network, pixels, jax.random.key(3))
+    deviation = jnp.sqrt(jnp.exp(posterior.logvar[0]) + 0.5**2)
+    error = (latents.mean(0) - posterior.mean[0]) / deviation
+    assert float(jnp.abs(error).max()) < 6 / np.sqrt(512)
+    np.testing.assert_allclose(latents.std(0), deviation, rtol=0.2)
+    constants = pipeline.vector(settings, 1)
+    assert constants.shape == (1, 3, 24)
+    values = {"fps_id": 1.0, "motion_bucket_id": 300.0, "cond_aug": 0.5}
+    values = {name: jnp.full((1, 3), value) for name, value in values.items()}
+    np.testing.assert_allclose(constants, conditioner.vector(scalars, values), rtol=1e-6)
+
+
+def test_decoding_in_chunks(params, key):
+    latents = jax.random.normal(key, (1, 3, 8, 8, 4))
+    decode = jax.jit(pipeline.decode, static_argnums=0)
+    whole = decode(SETTINGS, params, latents)
+    np.testing.assert_allclose(decode(replace(SETTINGS, decode_frames=3), params, latents), whole)
+    single = decode(replace(SETTINGS, decode_frames=1), params, latents)
+    assert single.shape == whole.shape
+    assert float(jnp.abs(single - whole).max()) > 1e-3
+    alone = decode(SETTINGS, params, latents[:, 2:])
+    np.testing.assert_allclose(single[:, 2:], alone, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_published_size_traces_from_picture_to_frames(key):
+    settings = pipeline.Settings(generator.V3D_512, SamplingConfig())
+    frames = jax.eval_shape(
+        functools.partial(pipeline.generate_orbit, settings),
+        folder.abstract_params(generator.V3D_512),
+        jax.ShapeDtypeStruct((512, 512, 3), jnp.float32),
+        key,
+    )
+    assert frames.shape == (18, 512, 512, 3)

@@ -1,0 +1,200 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_generator
+from PIL import Image
+
+from v3d_jax import errors, pipeline, sample
+from v3d_jax.data import preprocess
+from v3d_jax.diffusion.sampler import SamplingConfig
+from v3d_jax.weights import folder
+
+FILES = {"input.png", "frames", "orbit.mp4", "transforms.json", "preview.png", "report.json"}
+ISOLATED = """
+import sys
+import v3d_jax.sample
+from jax._src import xla_bridge
+heavy = {"grain", "tensorflow_datasets", "trimesh", "array_record", "tensorflow", "torch"}
+print(xla_bridge.backends_are_initialized(), sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _broadcasting_cameras():
+    """ops.camera broadcasts one vector over many cameras."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    sampling = SamplingConfig(steps=2, sampler="dpmpp_2m", guidance_min=1.0, guidance_max=2.0)
+    folder.save(path, tiny_generator.CONFIG, sampling, tiny_generator.params())
+    return str(path)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    rgba = np.zeros((48, 64, 4), np.uint8)
+    rgba[10:40, 20:50] = (200, 60, 30, 255)
+    rgba[15:20, 25:30] = (20, 60, 230, 255)
+    path = tmp_path / "toy.png"
+    Image.fromarray(rgba).save(path)
+    return path
+
+
+def arguments(model, *images, **changes):
+    changes.setdefault("cache", False)
+    return sample.SampleArgs(images=tuple(images), model=model, **changes)
+
+
+def frames(path):
+    return np.stack([np.asarray(Image.open(file)) for file in sorted((path / "frames").iterdir())])
+
+
+def fails(monkeypatch, capsys, *arguments):
+    """Runs the command line; returns its one line on stderr."""
+    monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        sample.cli()
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_orbit_of_a_picture_and_of_the_packaged_example(tmp_path, model, picture, capsys):
+    (toy,) = sample.run(arguments(model, picture, out=tmp_path / "out"))
+    (example,) = sample.run(arguments(model, out=tmp_path / "out"))
+    captured = capsys.readouterr()
+    for stage in ("encode", "sample", "decode"):
+        assert stage in captured.err
+    assert "2/2" in captured.err
+    assert f"{toy}: 3 frames" in captured.out
+    assert (toy, example) == (tmp_path / "out" / "toy", tmp_path / "out" / "example")
+    for path in (toy, example):
+        assert {file.name for file in path.iterdir()} == FILES
+        assert frames(path).shape == (3, 16, 16, 3)
+    assert np.abs(frames(toy).astype(int) - frames(example)).max() > 10
+    report = json.loads((toy / "report.json").read_text())
+    assert report["sampling"]["steps"] == 2
+    assert report["device"]["platform"] == "cpu"
+    assert set(report["seconds"]) == {"load", "prepare", "encode", "sample", "decode"}
+    assert report["peak_memory"]["host"] > 10**8
+    assert report["versions"]["jax"] == jax.__version__
+    transforms = json.loads((toy / "transforms.json").read_text())
+    assert [frame["file_path"] for frame in transforms["frames"]] == [
+        f"frames/{index:03d}.png" for index in range(3)
+    ]
+
+
+def test_command_line_gives_the_frames_of_the_pipeline(tmp_path, model, picture):
+    (path,) = sample.run(arguments(model, picture, out=tmp_path / "out", seed=5))
+    loaded = folder.load(model)
+    image = preprocess.prepare(picture, 16).image.astype(np.float32) / 255.0
+    settings = pipeline.Settings(loaded.generator, loaded.sampling)
+    orbit = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    expected = orbit(settings, loaded.params, jax.numpy.asarray(image), jax.random.key(5))
+    assert np.abs(frames(path) - 255.0 * np.asarray(expected)).max() <= 0.6
+
+
+def test_same_seed_same_files(tmp_path, model, picture):
+    def run(seed, name):
+        (path,) = sample.run(arguments(model, picture, out=tmp_path / name, seed=seed))
+        return path
+
+    first, again, other = run(1, "a"), run(1, "b"), run(2, "c")
+    for name in ("input.png", "orbit.mp4", "transforms.json", "preview.png", "frames/001.png"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+    assert np.abs(frames(first).astype(int) - frames(other)).max() > 2
+
+
+def test_a_picture_does_not_depend_on_its_place(tmp_path, model, picture):
+    (alone,) = sample.run(arguments(model, picture, out=tmp_path / "a"))
+    both = sample.run(arguments(model, sample.EXAMPLE, picture, out=tmp_path / "b"))
+    assert [path.name for path in both] == ["example", "toy"]
+    np.testing.assert_array_equal(frames(alone), frames(both[1]))
+
+
+def test_settings_of_the_command_line_replace_the_models(model):
+    loaded = folder.load(model)
+    own = sample.configure(arguments(model), loaded)
+    assert own.sampling == loaded.sampling
+    changed = sample.configure(
+        arguments(model, steps=7, sampler="heun", schedule="ays", guidance=(1.5, 3.0)), loaded
+    ).sampling
+    assert (changed.steps, changed.sampler, changed.schedule) == (7, "heun", "ays")
+    assert (changed.guidance_min, changed.guidance_max) == (1.5, 3.0)
+    assert changed.sigma_max == loaded.sampling.sigma_max
+
+
+def test_what_a_user_can_get_wrong_is_one_line(tmp_path, model, picture, monkeypatch, capsys):
+    def line(*arguments):
+        return fails(monkeypatch, capsys, *arguments, "--out", tmp_path / "out", "--no-cache")
+
+    def with_model(*arguments):
+        return line(*arguments, "--model", model)
+
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "zero.png").write_bytes(b"")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGBA", (32, 32)).save(tmp_path / "clear.png")
+    assert "does not exist" in with_model(tmp_path / "absent.png")
+    assert "not a picture" in with_model(tmp_path / "text.png")
+    assert "empty" in with_model(tmp_path / "zero.png")
+    assert "1 x 1" in with_model(tmp_path / "dot.png")
+    assert "transparent everywhere" in with_model(picture, tmp_path / "clear.png")
+    assert "would both be written" in with_model(picture, tmp_path / "toy.jpg")
+    assert "'splats' is not available; there is: video" in with_model("--stages", "video,splats")
+    assert "--steps 0" in with_model("--steps", "0")
+    assert "--border" in with_model("--border", "1.5")
+    assert "--seed" in with_model("--seed", "-1")
+    assert "--guidance" in with_model("--guidance", "1", "inf")
+    assert "unknown model 'mimi'" in line(picture, "--model", "mimi")
+    assert "not a model folder" in line(picture, "--model", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_is_reported(tmp_path, model, picture, monkeypatch):
+    monkeypatch.setattr(sample, "_decode", lambda *args: jax.numpy.full((1, 3, 16, 16, 3), np.nan))
+    with pytest.raises(errors.UserError, match="NaN"):
+        sample.run(arguments(model, picture, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_starts_no_backend_and_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", ISOLATED], capture_output=True, text=True)
+    assert done.stdout.strip() == "False []", done.stderr
+
+
+def test_module_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "v3d_jax.sample", "--model", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, monkeypatch, kept):
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "elsewhere" if kept else None)
+    try:
+        sample.enable_cache()
+        found = jax.config.jax_compilation_cache_dir
+        assert found == ("elsewhere" if kept else str(tmp_path / "v3d_jax" / "jax"))
+        assert kept or Path(found).is_dir()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])

@@ -1,0 +1,108 @@
+"""The optimiser's schedule, the average of weights, and one step, against plain numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v3d_jax import state
+from v3d_jax.state import OptimConfig
+
+
+def rates(config: OptimConfig, steps: int) -> np.ndarray:
+    schedule = state.learning_rate(config, steps)
+    return np.array([float(schedule(count)) for count in range(steps)])
+
+
+def test_warmup_rises_linearly_to_the_rate():
+    found = rates(OptimConfig(lr=2.0, warmup=4, decay="constant"), 8)
+    np.testing.assert_allclose(found, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0], rtol=1e-6)
+
+
+def test_cosine_ends_at_the_final_rate():
+    found = rates(OptimConfig(lr=1.0, warmup=0, decay="cosine", final_lr=0.1), 101)
+    assert found[0] == pytest.approx(1.0)
+    assert found[50] == pytest.approx(0.55, abs=1e-6)
+    assert found[-1] == pytest.approx(0.1, abs=1e-6)
+    assert np.all(np.diff(found) < 0)
+
+
+def test_warmup_stable_decay():
+    config = OptimConfig(lr=1.0, warmup=1, decay="linear", decay_start=0.8)
+    found = rates(config, 101)
+    np.testing.assert_allclose(found[:81], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(np.diff(found[81:]), found[82] - found[81], rtol=1e-4)
+    assert found[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_decay_start_outside_the_run_is_refused():
+    with pytest.raises(ValueError, match="decay_start"):
+        OptimConfig(decay_start=1.0)
+
+
+def test_ema_decay_ramps_up():
+    found = [float(state.ema_decay(0.99, jnp.asarray(n))) for n in (0, 8, 10_000)]
+    np.testing.assert_allclose(found, [0.1, 0.5, 0.99], rtol=1e-6)
+
+
+PARAMS = {"kernel": np.full((2, 3), 0.5, np.float32), "bias": np.full((3,), 0.5, np.float32)}
+
+
+def flat_loss(params, frozen, batch, key):
+    """No slope anywhere: only weight decay moves a parameter."""
+    del frozen, batch, key
+    return 0.0 * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), {}
+
+
+def noisy_loss(params, frozen, batch, key):
+    noise = jax.random.normal(key, params["kernel"].shape)
+    error = params["kernel"] + params["bias"][None] - noise - batch - frozen
+    return jnp.mean(jnp.square(error)), {"noise": noise[0, 0]}
+
+
+def begin(config: OptimConfig, steps: int = 10):
+    optimizer = state.optimizer(config, steps)
+    return optimizer, state.create(jax.tree.map(jnp.asarray, PARAMS), optimizer)
+
+
+def test_only_matrices_are_decayed():
+    config = OptimConfig(lr=0.1, warmup=0, decay="constant", weight_decay=0.5)
+    optimizer, begun = begin(config)
+    after, _ = state.train_step(flat_loss, optimizer, 0.5, begun, None, 0.0, jax.random.key(0))
+    np.testing.assert_allclose(after.params["kernel"], 0.5 * (1 - 0.1 * 0.5), rtol=1e-6)
+    np.testing.assert_array_equal(after.params["bias"], PARAMS["bias"])
+
+
+def test_a_step_is_adamw_on_the_clipped_gradient():
+    config = OptimConfig(lr=0.1, warmup=0, decay="constant", weight_decay=0.0, clip=1e-3)
+    optimizer, begun = begin(config)
+    key = jax.random.key(3)
+    after, metrics = state.train_step(noisy_loss, optimizer, 0.5, begun, 1.0, 2.0, key)
+
+    noise = np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (2, 3)))
+    error = PARAMS["kernel"] + PARAMS["bias"][None] - noise - 3.0
+    grads = {"kernel": 2 * error / 6, "bias": (2 * error / 6).sum(0)}
+    norm = np.sqrt(sum(np.square(grad).sum() for grad in grads.values()))
+    assert float(metrics["loss"]) == pytest.approx(np.mean(error**2), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    for name, grad in grads.items():
+        clipped = grad * config.clip / norm
+        # Adam's first update: both moments' bias corrections cancel their decays.
+        expected = PARAMS[name] - 0.1 * clipped / (np.abs(clipped) + config.eps)
+        np.testing.assert_allclose(after.params[name], expected, rtol=1e-4)
+        ema = 0.1 * PARAMS[name] + 0.9 * np.asarray(after.params[name])
+        np.testing.assert_allclose(after.ema[name], ema, rtol=1e-5)
+    assert int(after.step) == 1
+
+
+def test_every_step_draws_its_own_noise():
+    optimizer, begun = begin(OptimConfig())
+    step = jax.jit(functools.partial(state.train_step, noisy_loss, optimizer, 0.9))
+    key = jax.random.key(0)
+    second, first_metrics = step(begun, 0.0, 0.0, key)
+    _, second_metrics = step(second, 0.0, 0.0, key)
+    _, again = step(begun, 0.0, 0.0, key)
+    assert float(first_metrics["noise"]) != float(second_metrics["noise"])
+    assert float(first_metrics["noise"]) == float(again["noise"])

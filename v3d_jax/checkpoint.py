@@ -1,0 +1,141 @@
+"""Checkpoints of training, with Orbax v1 behind three functions: save, restore, restore_ema.
+
+A checkpoint is the folder `<run>/checkpoints/<step>` with the parts `params`, `opt_state`, `ema`
+(arrays; each restores alone) and `meta` (the step and the data loader's position). It appears
+under its name only when complete. No file in it is larger than 12 MiB. The train state is any
+NamedTuple of `step` and those three, as in `v3d_jax.state`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1
+
+from v3d_jax import errors
+
+# A file is closed once it passes the target, by at most one chunk.
+_FILE_BYTES = 8 * 2**20
+_CHUNK_BYTES = 4 * 2**20
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds: the train state, and where the loader stood."""
+
+    state: Any
+    loader: dict[str, int]
+
+
+class Checkpoints:
+    """The checkpoints of one run; closing waits for the one being written."""
+
+    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+        policies = v1.training
+        self._checkpointer = v1.training.Checkpointer(
+            # A relative path fails in Orbax only once the writing thread runs.
+            Path(folder).resolve(),
+            context=_context(),
+            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: Any, loader: dict[str, int]) -> None:
+        """Starts writing; returns once the arrays are copied, so that they may be donated."""
+        step = int(state.step)
+        if step == self.latest:
+            return
+        parts = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+        meta = {"step": step, "loader": dict(loader)}
+        self._checkpointer.save_checkpointables_async(step, {**parts, "meta": meta})
+
+    def restore(self, abstract: Any, step: int | None = None) -> Restored:
+        """The newest checkpoint, or the given step's, placed as `abstract`'s shardings say.
+
+        Raises `UserError` if there is none or if its arrays are not those of `abstract`.
+        """
+        parts = {
+            "params": abstract.params,
+            "opt_state": abstract.opt_state,
+            "ema": abstract.ema,
+            "meta": None,
+        }
+        found = self._load(parts, step)
+        meta = found["meta"]
+        state = abstract._replace(
+            step=_count(meta["step"], abstract.step),
+            params=found["params"],
+            opt_state=found["opt_state"],
+            ema=found["ema"],
+        )
+        return Restored(state, {name: int(k) for name, k in meta["loader"].items()})
+
+    def restore_ema(self, abstract: Any, step: int | None = None) -> Any:
+        """The averaged weights alone, for sampling; errors as in `restore`."""
+        return self._load({"ema": abstract}, step)["ema"]
+
+    def close(self) -> None:
+        """Waits for the checkpoint being written."""
+        self._checkpointer.close()
+
+    def _load(self, parts: dict[str, Any], step: int | None) -> dict[str, Any]:
+        step = self.latest if step is None else step
+        if step not in [known.step for known in self._checkpointer.checkpoints]:
+            where = self._checkpointer.directory
+            raise errors.UserError(f"{where} holds no checkpoint{f' {step}' if step else ''}")
+        stored = self._checkpointer.checkpointables_metadata(step).metadata
+        for name, abstract in parts.items():
+            if abstract is not None:
+                _check(f"checkpoint {step}, {name}", stored[name], abstract)
+        return self._checkpointer.load_checkpointables(step, parts)
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `tree` with the shardings of an equal tree: a target of `restore`."""
+    return jax.tree.map(
+        lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
+        tree,
+        shardings,
+    )
+
+
+def _count(step: int, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    value = np.asarray(step, abstract.dtype)
+    return jax.make_array_from_callback((), abstract.sharding, lambda _: value)
+
+
+def _context() -> v1.Context:
+    context = v1.Context()
+    context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    return context
+
+
+def _check(where: str, stored: Any, wanted: Any) -> None:
+    """Compares names and shapes; Orbax's own message for a mismatch names neither."""
+    stored, wanted = _shapes(stored), _shapes(wanted)
+    differing = [
+        f"{name} is {stored.get(name, 'missing')}, the settings make it {shape}"
+        for name, shape in wanted.items()
+        if stored.get(name) != shape
+    ]
+    differing += [f"{name} is not in the settings" for name in stored if name not in wanted]
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise errors.UserError(f"{where}: {'; '.join(differing[:4])}{more}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in paths
+    }

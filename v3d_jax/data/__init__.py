@@ -1,0 +1,1 @@
+"""The outside world: pictures, meshes, orbit data sets and the training input pipeline."""

@@ -1,0 +1,221 @@
+"""A data set's latents in memory, so that training a video model never decodes a picture.
+
+n orbits, v views each; latents float16 [n,v,h,w,c] as the autoencoder gives them (not scaled),
+input views uint8 [n,v,s,s,3] on white for the image tower. Encoding happens once, before training;
+the result can lie beside the data under a name made from the data, the weights and the sizes, so a
+stale one is never found.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float16, Float32, Int, UInt8
+
+from v3d_jax import errors
+from v3d_jax.data import orbits, png
+
+# uint8 [b, h, w, 3] on white -> latents [b, h / 8, w / 8, c]; always called with the same b.
+Encode = Callable[[np.ndarray], Any]
+
+ARRAYS = ("latents", "images", "azimuths", "elevations")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Sizes of the cache and of the work that fills it."""
+
+    image_size: int = 128
+    orbits_per_call: int = 4
+    threads: int = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentCache:
+    """All orbits of a split as arrays; a `loader.Clips`."""
+
+    latents: Float16[np.ndarray, "n v h w c"]
+    images: UInt8[np.ndarray, "n v s s 3"]
+    azimuths: Float32[np.ndarray, "n v"]
+    elevations: Float32[np.ndarray, " n"]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def views(self) -> int:
+        """Frames of one orbit."""
+        return self.latents.shape[1]
+
+    def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
+        """Latents and azimuths of frames `order` of orbit `index`, and the first one's picture."""
+        return {
+            "latents": self.latents[index, order],
+            "image": self.images[index, order[0]],
+            "azimuth": self.azimuths[index, order],
+            "elevation": self.elevations[index],
+            "index": np.int32(index),
+        }
+
+
+def open_or_encode(
+    source: orbits.Source,
+    encode: Encode,
+    weights: str,
+    config: CacheConfig,
+    *,
+    folder: Path | None = None,
+    save: bool = True,
+) -> LatentCache:
+    """The latents of `source`: read from below `folder` if they lie there, else encoded.
+
+    `weights` is the fingerprint of the autoencoder that `encode` applies. What is encoded is
+    saved below `folder` unless `save` is false (all hosts but one) or there is no folder.
+    """
+    key = {
+        "data": source.digest,
+        "split": source.split,
+        "weights": weights,
+        "image_size": config.image_size,
+    }
+    if folder is None:
+        return encode_orbits(source, encode, config)
+    path = folder / f"latents-{_digest(key)[:16]}"
+    if path.is_dir():
+        return load(path, key)
+    cache = encode_orbits(source, encode, config)
+    if save:
+        write(path, cache, key)
+    return cache
+
+
+def encode_orbits(source: orbits.Source, encode: Encode, config: CacheConfig) -> LatentCache:
+    """Encodes every frame of every orbit, with a progress bar.
+
+    `orbits_per_call` orbits go through `encode` at a time (the last call is filled up with white
+    frames); threads decode the pictures meanwhile. Raises FloatingPointError, which names the
+    orbit, when a latent is not finite in float16.
+    """
+    from tqdm import tqdm
+
+    count, views = len(source), source.views
+    images = np.empty((count, views, config.image_size, config.image_size, 3), np.uint8)
+    azimuths, elevations = np.empty((count, views), np.float32), np.empty(count, np.float32)
+    latents, names = None, []
+    groups = range(0, count, config.orbits_per_call)
+    with tqdm(total=count, desc="encoding", unit="orbit", smoothing=0.05) as bar:
+        for first, (records, frames) in zip(groups, _decoded(source, config), strict=True):
+            result = encode(frames.reshape(-1, *frames.shape[2:]))
+            # The device works on `result` while the host shrinks the same pictures.
+            part = slice(first, first + len(records))
+            images[part] = shrink(frames[: len(records)], config.image_size)
+            azimuths[part] = [record.azimuths for record in records]
+            elevations[part] = [record.elevation for record in records]
+            names += [record.name for record in records]
+            with np.errstate(over="ignore"):
+                result = np.asarray(result).astype(np.float16)
+            result = result.reshape(-1, views, *result.shape[1:])[: len(records)]
+            for record, values in zip(records, result, strict=True):
+                if not np.isfinite(values).all():
+                    raise FloatingPointError(f"the latents of {record.name!r} are not finite")
+            if latents is None:
+                latents = np.empty((count, *result.shape[1:]), np.float16)
+            latents[part] = result
+            bar.update(len(records))
+    if latents is None:
+        raise ValueError("there are no orbits to encode")
+    return LatentCache(latents, images, azimuths, elevations, names)
+
+
+def shrink(frames: UInt8[np.ndarray, "n v h w 3"], size: int) -> UInt8[np.ndarray, "n v s s 3"]:
+    """Frames at `size` x `size`, each pixel the mean of those it covers."""
+    from PIL import Image
+
+    if frames.shape[2:4] == (size, size):
+        return frames
+    factor, rest = divmod(frames.shape[2], size)
+    flat = [Image.fromarray(frame) for frame in frames.reshape(-1, *frames.shape[2:])]
+    if rest:
+        small = [image.resize((size, size), Image.Resampling.BOX) for image in flat]
+    else:  # rounded once, not once an axis
+        small = [image.reduce(factor) for image in flat]
+    return np.stack([np.asarray(s) for s in small]).reshape(*frames.shape[:2], size, size, 3)
+
+
+def fingerprint(params: Any) -> str:
+    """A digest of a pytree of arrays: paths, types, shapes and every bit."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def write(path: Path, cache: LatentCache, key: dict[str, Any]) -> None:
+    """Saves a cache as a folder of .npy files, aside first; `key` says what it was made from."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        for name in ARRAYS:
+            np.save(aside / f"{name}.npy", getattr(cache, name))
+        (aside / "key.json").write_text(json.dumps({"key": key, "names": cache.names}))
+        aside.rename(path)
+    except OSError as error:
+        raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load(path: Path, key: dict[str, Any]) -> LatentCache:
+    """Reads a saved cache into memory.
+
+    Raises UserError when it is damaged, or was not made from what `key` describes.
+    """
+    try:
+        saved = json.loads((path / "key.json").read_text())
+        arrays = {name: np.load(path / f"{name}.npy") for name in ARRAYS}
+        found, names = saved["key"], saved["names"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise errors.UserError(f"{path} is damaged ({error}); remove it and run again") from error
+    if found != key or any(len(array) != len(names) for array in arrays.values()):
+        raise errors.UserError(f"{path} belongs to other data or weights; remove it and run again")
+    return LatentCache(**arrays, names=names)
+
+
+def _decoded(
+    source: orbits.Source, config: CacheConfig
+) -> Iterator[tuple[list[orbits.Orbit], np.ndarray]]:
+    """Groups of records with their frames [orbits_per_call, v, h, w, 3], read a little ahead."""
+    group, count = config.orbits_per_call, len(source)
+
+    def read(index: int) -> tuple[orbits.Orbit, np.ndarray]:
+        record = source[index]
+        return record, np.stack([png.decode_on_white(frame) for frame in record.frames])
+
+    with futures.ThreadPoolExecutor(config.threads) as pool:
+        ahead = max(2 * group, config.threads)
+        waiting = collections.deque(pool.submit(read, i) for i in range(min(ahead, count)))
+        for first in range(0, count, group):
+            done = []
+            for index in range(first, min(first + group, count)):
+                done.append(waiting.popleft().result())
+                if index + ahead < count:
+                    waiting.append(pool.submit(read, index + ahead))
+            records, frames = zip(*done, strict=True)
+            white = [np.full_like(frames[0], 255)] * (group - len(frames))
+            yield list(records), np.stack([*frames, *white])
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,149 @@
+"""Batches of training clips: Grain over anything that can cut a clip out of an orbit.
+
+Order and every random choice are a pure function of (seed, place in the stream), so a run that was
+stopped goes on exactly where it was, on any number of hosts, threads or worker processes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from v3d_jax.data import orbits, png
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """How clips are drawn and read.
+
+    `batch_size` counts all hosts. Every read thread prepares a whole batch, and up to `prefetch`
+    batches wait in memory; for clips that lie in memory one or two threads are fastest. `workers`
+    > 0 reads in as many processes instead, for work that Python's lock would serialise; the
+    program's main module must then be importable.
+    """
+
+    batch_size: int = 64
+    num_frames: int = 18
+    shuffle: bool = True
+    seed: int = 0
+    threads: int = 8
+    prefetch: int = 8
+    workers: int = 0
+
+
+@runtime_checkable
+class Clips(Protocol):
+    """Orbits of `views` equally spaced frames, from which `clip` takes some."""
+
+    views: int
+
+    def __len__(self) -> int: ...
+
+    def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
+        """Frames `order` of orbit `index`; the first is the input view."""
+        ...
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An endless iterator over dictionaries of arrays whose place can be saved and restored.
+
+    The state is a small dictionary of numbers, the same on every host. Close it when done.
+    """
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream stands: what was handed out, not what was read ahead."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from where a stream of the same clips and settings stood."""
+        ...
+
+    def close(self) -> None:
+        """Stops threads and processes."""
+        ...
+
+
+class FrameClips:
+    """Clips of pictures: "frames" uint8 [t,h,w,3] on white, and the orbit's "index"."""
+
+    def __init__(self, source: orbits.Source):
+        self.source = source
+        self.views = source.views
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
+        """Decodes frames `order` of orbit `index`."""
+        frames = self.source[index].frames
+        return {
+            "frames": np.stack([png.decode_on_white(frames[view]) for view in order]),
+            "index": np.int32(index),
+        }
+
+
+def turn(start: int, num_frames: int, views: int) -> Int[np.ndarray, " t"]:
+    """The views of one turn of `num_frames` equally spaced frames that begins at view `start`.
+
+    Raises ValueError unless `num_frames` divides `views`.
+    """
+    if num_frames < 1 or views % num_frames:
+        raise ValueError(f"{num_frames} equally spaced frames cannot be taken from {views} views")
+    return (start + views // num_frames * np.arange(num_frames)) % views
+
+
+def batches(clips: Clips, config: LoaderConfig, *, rank: int = 0, world: int = 1) -> Batches:
+    """An endless stream of this host's part of every batch: clips `rank`, `rank + world`, ...
+
+    Every epoch is shuffled anew, and every clip starts at a random view of its orbit. Raises
+    ValueError if the batch cannot be divided among `world` hosts or the views among the frames.
+    """
+    import grain
+
+    if not len(clips):
+        raise ValueError("there are no orbits to draw clips from")
+    if config.batch_size % world:
+        raise ValueError(f"a batch of {config.batch_size} cannot be divided among {world} hosts")
+    turn(0, config.num_frames, clips.views)
+
+    dataset = grain.MapDataset.range(len(clips)).seed(config.seed)
+    if config.shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat().random_map(
+        functools.partial(_draw, clips=clips, num_frames=config.num_frames)
+    )
+    return grain.experimental.ElasticIterator(
+        dataset,
+        config.batch_size,
+        grain.sharding.ShardOptions(shard_index=rank, shard_count=world),
+        read_options=grain.ReadOptions(
+            num_threads=config.threads, prefetch_buffer_size=max(config.prefetch, config.threads)
+        ),
+        multiprocessing_options=_worker_processes(config.workers),
+    )
+
+
+def _draw(index: int, rng: np.random.Generator, *, clips: Clips, num_frames: int) -> dict:
+    order = turn(int(rng.integers(clips.views)), num_frames, clips.views)
+    return clips.clip(int(index), order)
+
+
+def _worker_processes(workers: int):
+    """Grain's options for `workers` processes, or None to stay in this one."""
+    if not workers:
+        return None
+    import grain
+    from absl import flags
+
+    # Grain reads absl flags in the parent, which raises unless a command line was parsed.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return grain.MultiprocessingOptions(num_workers=workers)

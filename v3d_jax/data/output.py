@@ -1,0 +1,200 @@
+"""The files of an orbit video: docs/method.md lists them; other programs may rely on them.
+
+A folder is written aside and renamed, so nothing half-written ever has a final name.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from v3d_jax.data import preprocess
+from v3d_jax.errors import UserError
+from v3d_jax.ops import camera
+
+REPORT = "report.json"
+PROGRAM = "v3d_jax"  # report.json's "program", by which a folder of ours is known
+FPS = 6
+_CELL = 192  # largest side of a picture in the contact sheet
+
+
+def plan(pictures: Sequence[Path], out: Path) -> list[Path]:
+    """The folder of every picture, `out`/<stem>, checked before any work is done.
+
+    Raises `UserError` if two pictures would share one, or a folder cannot be written or replaced.
+    """
+    taken: dict[str, Path] = {}
+    for picture in pictures:
+        other = taken.setdefault(picture.stem.casefold(), picture)
+        if other is not picture:
+            raise UserError(
+                f"{other} and {picture} would both be written to {out / picture.stem}: rename one "
+                "of them or give them to separate runs"
+            )
+    folders = [out / picture.stem for picture in pictures]
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write to {out}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {out}: permission denied in {there}")
+    try:
+        for folder in folders:
+            _check_replaceable(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+    return folders
+
+
+def write(
+    folder: Path,
+    rgba: UInt8[np.ndarray, "s s 4"],
+    frames: UInt8[np.ndarray, "t h w 3"],
+    cameras: camera.Camera,
+    report: dict[str, Any],
+) -> None:
+    """Writes every file of one orbit, replacing what an earlier run left in `folder`.
+
+    `rgba` is the prepared input; `cameras` hold one camera a frame, with equal intrinsics. Raises
+    `UserError` if the disk is full or `folder` holds something else.
+    """
+    target = folder.resolve()
+    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        _check_replaceable(target)
+        (aside / "frames").mkdir(parents=True)
+        Image.fromarray(rgba).save(aside / "input.png")
+        names = [f"frames/{index:03d}.png" for index in range(len(frames))]
+        for name, frame in zip(names, frames, strict=True):
+            Image.fromarray(frame).save(aside / name)
+        write_mp4(aside / "orbit.mp4", frames)
+        _write_json(aside / "transforms.json", transforms(cameras, names))
+        Image.fromarray(contact_sheet(preprocess.on_white(rgba), frames)).save(
+            aside / "preview.png"
+        )
+        _write_json(aside / REPORT, {"program": PROGRAM, **report})
+        _rename_into_place(aside, target)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def transforms(cameras: camera.Camera, names: Sequence[str]) -> dict[str, Any]:
+    """Cameras as instant-ngp and nerfstudio read them: pixels, and OpenGL camera-to-world."""
+    poses = np.asarray(camera.to_opengl(cameras), np.float64) + 0.0  # no minus zeros
+    intrinsics = np.asarray(cameras.intrinsics, np.float64)
+    if not (intrinsics == intrinsics[0]).all():
+        raise ValueError("transforms.json holds one set of intrinsics for all frames")
+    width, height = int(cameras.width[0]), int(cameras.height[0])
+    focal_x, focal_y = intrinsics[0, 0, 0], intrinsics[0, 1, 1]
+    return {
+        "camera_model": "OPENCV",
+        "camera_angle_x": 2.0 * float(np.arctan(0.5 * width / focal_x)),
+        "camera_angle_y": 2.0 * float(np.arctan(0.5 * height / focal_y)),
+        "fl_x": float(focal_x),
+        "fl_y": float(focal_y),
+        "cx": float(intrinsics[0, 0, 2]),
+        "cy": float(intrinsics[0, 1, 2]),
+        "w": width,
+        "h": height,
+        "frames": [
+            {"file_path": name, "transform_matrix": pose.tolist()}
+            for name, pose in zip(names, poses, strict=True)
+        ],
+    }
+
+
+def write_mp4(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int = FPS) -> None:
+    """H.264 in yuv420p with its index in front, which browsers play; odd sizes gain a pixel.
+
+    Uses the ffmpeg that imageio-ffmpeg brings. Raises `UserError` if it is missing or fails.
+    """
+    import imageio_ffmpeg
+
+    frames = np.pad(
+        frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge"
+    )
+    height, width = frames.shape[1:3]
+    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
+    colours = "-colorspace bt709 -color_primaries bt709 -color_trc iec61966-2-1"
+    filters = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"
+    codec = f"-c:v libx264 -crf 16 -preset medium -vf {filters} {colours}"
+    container = "-movflags +faststart -map_metadata -1 -f mp4 -y"
+    options = f"-loglevel error {source} {codec} {container}".split()
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), *options, str(path)]
+        subprocess.run(command, input=frames.tobytes(), capture_output=True, check=True)
+    except (RuntimeError, FileNotFoundError):
+        raise UserError("no ffmpeg found: pip install --force-reinstall imageio-ffmpeg") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.decode(errors="replace").strip().splitlines() or ["no reason"])[-1]
+        raise UserError(f"ffmpeg cannot write {path.name}: {reason}") from None
+
+
+def contact_sheet(
+    image: UInt8[np.ndarray, "s s 3"], frames: UInt8[np.ndarray, "t h w 3"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The input at the left, then the frames row by row, on white."""
+    rows = min(3, max(1, len(frames) // 4))
+    columns = -(-len(frames) // rows)
+    height, width = frames.shape[1:3]
+    factor = min(1.0, _CELL / max(height, width))
+    height, width = max(1, round(height * factor)), max(1, round(width * factor))
+    gap = max(2, width // 24)
+    sheet = Image.new(
+        "RGB", ((columns + 1) * (width + gap) + 2 * gap, rows * (height + gap) + gap), "white"
+    )
+    _paste(sheet, image, (gap, gap), (width, height))
+    for index, frame in enumerate(frames):
+        row, column = divmod(index, columns)
+        # A double gap sets the input apart.
+        place = (2 * gap + (column + 1) * (width + gap), gap + row * (height + gap))
+        _paste(sheet, frame, place, (width, height))
+    return np.asarray(sheet)
+
+
+def _paste(
+    sheet: Image.Image,
+    pixels: UInt8[np.ndarray, "h w 3"],
+    place: tuple[int, int],
+    size: tuple[int, int],
+) -> None:
+    sheet.paste(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), place)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """An absent or empty folder, or one that this program wrote, may be replaced."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder)):
+        return
+    raise UserError(f"{folder} exists and is not an earlier result: move it or change --out")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("program") == PROGRAM
+
+
+def _rename_into_place(aside: Path, target: Path) -> None:
+    if not target.exists():
+        aside.rename(target)
+        return
+    old = aside.with_name(aside.name + ".old")
+    target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

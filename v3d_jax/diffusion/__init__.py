@@ -1,0 +1,1 @@
+"""EDM diffusion: schedule, preconditioning, guidance, samplers, loss (arXiv 2206.00364)."""

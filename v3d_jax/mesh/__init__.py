@@ -1,0 +1,1 @@
+"""Triangle meshes: rendering today, extraction and texturing on the same maths."""

@@ -1,0 +1,1 @@
+"""Networks (flax.nnx), channels-last; built from frozen dataclasses."""

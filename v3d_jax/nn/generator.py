@@ -1,0 +1,112 @@
+"""The whole image-to-orbit model: UNet, autoencoder and image tower with their settings.
+
+The presets are constants: `SVD_XT` and `V3D_512` are the published models, `MINI` is small enough
+to train on one device and to ship with the package in int8.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Classes by name, because the fields below are called what the modules are.
+from v3d_jax.nn.autoencoder import Autoencoder, AutoencoderConfig
+from v3d_jax.nn.clip import VisionConfig, VisionTransformer
+from v3d_jax.nn.conditioner import ConditionerConfig
+from v3d_jax.nn.unet import UNetConfig, VideoUNet
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Sizes of the three networks, the conditioning scalars, and the clips they are for.
+
+    `image_size` is a side in pixels, or (height, width). Sizes that cannot fit together raise a
+    ValueError.
+    """
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
+    num_frames: int = 18
+    image_size: int | tuple[int, int] = 512
+
+    def __post_init__(self):
+        latent = self.autoencoder.latent_channels
+        pairs = (
+            ("unet.in_channels", self.unet.in_channels, 2 * latent),
+            ("unet.out_channels", self.unet.out_channels, latent),
+            ("unet.context_dim", self.unet.context_dim, self.vision.output_dim),
+            ("unet.vector_dim", self.unet.vector_dim, self.conditioner.vector_dim),
+        )
+        for name, given, needed in pairs:
+            if given != needed:
+                raise ValueError(f"{name} is {given}, but the other parts need {needed}")
+        factor = self.autoencoder.factor * 2 ** (len(self.unet.channel_mult) - 1)
+        if any(side % factor for side in self.frame_size):
+            raise ValueError(f"frames of {self.frame_size} pixels do not divide by {factor}")
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        if isinstance(self.image_size, int):
+            return (self.image_size, self.image_size)
+        return self.image_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Frames, height, width and channels of one clip's latents."""
+        height, width = (side // self.autoencoder.factor for side in self.frame_size)
+        return (self.num_frames, height, width, self.autoencoder.latent_channels)
+
+
+SVD_XT = GeneratorConfig(num_frames=25, image_size=(576, 1024))
+V3D_512 = GeneratorConfig(num_frames=18, image_size=512)
+MINI = GeneratorConfig(
+    unet=UNetConfig(
+        model_channels=32,
+        channel_mult=(2, 4, 5),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2, 4),
+        head_channels=32,
+        context_dim=128,
+        vector_dim=256,
+    ),
+    autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 3, 3), num_res_blocks=1),
+    vision=VisionConfig(
+        image_size=128,
+        patch=16,
+        width=192,
+        layers=6,
+        heads=6,
+        mlp=768,
+        output_dim=128,
+        output="tokens",
+        preprocess="plain",
+    ),
+    conditioner=ConditionerConfig(scalars=("azimuth",)),
+    num_frames=18,
+    image_size=256,
+)
+
+
+class Generator(nnx.Module):
+    """Holds the networks; `v3d_jax.pipeline` composes them."""
+
+    def __init__(self, config: GeneratorConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.unet = VideoUNet(config.unet, dtype=dtype, rngs=rngs)
+        self.autoencoder = Autoencoder(config.autoencoder, dtype=dtype, rngs=rngs)
+        self.vision = VisionTransformer(config.vision, dtype=dtype, rngs=rngs)
+
+
+def abstract(config: GeneratorConfig, *, dtype: Any = jnp.float32) -> Generator:
+    """The generator with shapes in place of arrays: no memory, no computation."""
+    return nnx.eval_shape(lambda: Generator(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def num_parameters(module: nnx.Module) -> int:
+    """Parameters of a module, concrete or abstract."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

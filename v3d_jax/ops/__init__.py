@@ -1,0 +1,1 @@
+"""Array math without weights or I/O: imports jax and numpy only."""

@@ -1,0 +1,1 @@
+"""Placement of arrays on devices: mesh, sharding rules, several hosts."""

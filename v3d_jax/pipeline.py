@@ -1,0 +1,184 @@
+"""One picture to an orbit video: one pure function a stage, and all of them as one.
+
+Axes: `b` clip, `t` frame, `h w` image, `c` channel. Images are in [0, 1]; latents are the diffusion
+model's (scaled, of about unit variance). `params` is the tree that `nnx.split` gives of a
+`Generator`. Every function can be jitted with its settings static:
+
+    orbit = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    frames = orbit(pipeline.Settings(generator_config, sampling_config), params, image, key)
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from v3d_jax.diffusion import guidance, sampler
+from v3d_jax.diffusion.guidance import Condition
+from v3d_jax.nn import conditioner, generator
+from v3d_jax.ops import image as images
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """Scalars that the model is told of, the same for all frames; the defaults are V3D's.
+
+    `cond_aug` is also the standard deviation of the noise added to the picture's latent. A model
+    reads those that its `ConditionerConfig` names, and "azimuth": degrees from frame 0.
+    """
+
+    fps_id: float = 1.0
+    motion_bucket_id: float = 300.0
+    cond_aug: float = 0.02
+    elevation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything static about a run.
+
+    `activations` is the networks' type; "auto" is float32 on a CPU and bfloat16 elsewhere.
+    `decode_frames` > 0 decodes so many frames at a time, which takes less memory and changes the
+    result, because the decoder then does not see beyond its chunk.
+    """
+
+    generator: generator.GeneratorConfig
+    sampling: sampler.SamplingConfig
+    conditioning: ConditioningConfig = ConditioningConfig()
+    activations: Literal["auto", "float32", "bfloat16"] = "auto"
+    decode_frames: int = 0
+
+    @property
+    def dtype(self) -> Any:
+        """The networks' type of activations on the default device."""
+        automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return jnp.dtype(automatic if self.activations == "auto" else self.activations)
+
+
+def encode_condition(
+    settings: Settings, params: Any, image: Float[Array, "b h w 3"], key: Key[Array, ""]
+) -> Condition:
+    """What the UNet is conditioned on: tokens and latent of the picture, and the scalars."""
+    network = networks(settings, params)
+    pixels = images.to_network(image)
+    latent = picture_latent(settings, network, pixels, key)
+    context = network.vision(pixels).astype(jnp.float32)
+    return Condition(context, latent, vector(settings, image.shape[0]))
+
+
+def picture_latent(
+    settings: Settings,
+    network: generator.Generator,
+    pixels: Float[Array, "b h w 3"],
+    key: Key[Array, ""],
+) -> Float[Array, "b i j c"]:
+    """The latent that is concatenated to every frame's.
+
+    A model told of `cond_aug` gets what SVD and V3D feed theirs: a sample of the posterior plus
+    noise of that standard deviation, not scaled. Any other gets the posterior's mean, scaled as the
+    latents it denoises.
+    """
+    posterior = network.autoencoder.encode(pixels)
+    if "cond_aug" not in settings.generator.conditioner.scalars:
+        return posterior.mean * settings.generator.autoencoder.scale_factor
+    sample_key, noise_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, posterior.mean.shape)
+    return posterior.sample(sample_key) + settings.conditioning.cond_aug * noise
+
+
+def vector(settings: Settings, clips: int) -> Float[Array, "{clips} t a"]:
+    """The scalars of every frame as sinusoids, by the names that the model's settings list."""
+    frames = settings.generator.num_frames
+    azimuth = jnp.arange(frames, dtype=jnp.float32) * (360.0 / frames)
+    values = {}
+    for name in settings.generator.conditioner.scalars:
+        value = azimuth if name == "azimuth" else getattr(settings.conditioning, name)
+        values[name] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), (clips, frames))
+    return conditioner.vector(settings.generator.conditioner, values)
+
+
+def begin(
+    settings: Settings, clips: int, key: Key[Array, ""]
+) -> tuple[sampler.Trajectory, Float[Array, " n"]]:
+    """Noise at the first of the noise levels, and the levels."""
+    levels = sampler.sigmas(settings.sampling)
+    noise = jax.random.normal(key, (clips, *settings.generator.latent_shape))
+    return sampler.begin(noise, levels[0]), levels
+
+
+def advance(
+    settings: Settings,
+    params: Any,
+    condition: Condition,
+    trajectory: sampler.Trajectory,
+    levels: Float[Array, " n"],
+) -> sampler.Trajectory:
+    """Runs the sampler over some of the noise levels, so that a caller can report in between."""
+    denoise = guidance.guided_denoiser(
+        networks(settings, params).unet, condition, frame_scale(settings)
+    )
+    return sampler.advance(settings.sampling, denoise, trajectory, levels)
+
+
+def frame_scale(settings: Settings) -> Any:
+    """The guidance scale of every frame as a static numpy array [t]."""
+    config = settings.sampling
+    return guidance.frame_scale(
+        config.guidance_shape,
+        config.guidance_min,
+        config.guidance_max,
+        settings.generator.num_frames,
+    )
+
+
+def sample_latents(
+    settings: Settings, params: Any, condition: Condition, key: Key[Array, ""]
+) -> Float[Array, "b t i j c"]:
+    """Latents of one clip for every picture in `condition`, all steps in one scan."""
+    trajectory, levels = begin(settings, condition.latent.shape[0], key)
+    return advance(settings, params, condition, trajectory, levels).x
+
+
+def decode(
+    settings: Settings, params: Any, latents: Float[Array, "b t i j c"]
+) -> Float[Array, "b t h w 3"]:
+    """Frames in [0, 1], decoded all together or in chunks of `decode_frames`."""
+    autoencoder = networks(settings, params).autoencoder
+    latents = latents / settings.generator.autoencoder.scale_factor
+    count = latents.shape[1]
+    chunk = settings.decode_frames or count
+    parts = [autoencoder.decode(latents[:, i : i + chunk]) for i in range(0, count, chunk)]
+    return images.from_network(jnp.concatenate(parts, axis=1))
+
+
+def generate_orbit(
+    settings: Settings, params: Any, image: Float[Array, "h w 3"], key: Key[Array, ""]
+) -> Float[Array, "t h w 3"]:
+    """The orbit video of one prepared picture: frame 0 is the picture's own view.
+
+    `image` is composited on white and has the generator's frame size (`data.preprocess`).
+    """
+    condition_key, noise_key = split_key(key)
+    condition = encode_condition(settings, params, image[None], condition_key)
+    latents = sample_latents(settings, params, condition, noise_key)
+    return decode(settings, params, latents)[0]
+
+
+def split_key(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """The keys of the conditioning and of the initial noise that `generate_orbit` uses."""
+    condition_key, noise_key = jax.random.split(key)
+    return condition_key, noise_key
+
+
+def networks(settings: Settings, params: Any) -> generator.Generator:
+    """The generator with these parameters; costs nothing inside a compiled function."""
+    return nnx.merge(_graphdef(settings.generator, settings.dtype), params)
+
+
+@functools.cache
+def _graphdef(config: generator.GeneratorConfig, dtype: Any) -> Any:
+    return nnx.split(generator.abstract(config, dtype=dtype))[0]

@@ -1,0 +1,211 @@
+"""Trains a model: `python -m v3d_jax.train configs/mini.py [--overrides]`.
+
+The same loop trains the autoencoder and the video model; the config gives it the objective. The
+device is never waited for between two logged steps: metrics stay on it until then. A run that is
+stopped (SIGTERM, Ctrl-C, `--run.time-limit`) saves and goes on where it was when called again.
+"""
+
+import collections
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from v3d_jax import __version__, checkpoint, config, errors, state
+from v3d_jax.data import loader
+from v3d_jax.parallel import mesh as meshes
+from v3d_jax.parallel import multihost, sharding
+from v3d_jax.training import record
+from v3d_jax.training.objective import Objective
+
+
+def train(settings: config.TrainConfig) -> state.TrainState:
+    """Runs until the last step, the time limit or a signal; returns the state it ended with.
+
+    Raises `UserError` for settings and data that cannot be used, and when the loss or the gradient
+    is not finite; the newest checkpoint is then of an earlier step.
+    """
+    run, batch_size = settings.run, settings.data.loader.batch_size
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(record.StopRequest(run.time_limit))
+
+        # Processes and devices, before anything else touches them.
+        multihost.initialize(settings.multihost)
+        mesh = meshes.make(settings.mesh)
+        if batch_size % mesh.size:
+            raise errors.UserError(f"{batch_size} clips cannot be split over {mesh.size} devices")
+
+        # The run's folder, the data, the model.
+        folder = Path(run.dir)
+        if multihost.is_main():
+            config.open_run(settings)
+        objective = settings.objective()
+        optimizer = state.optimizer(settings.optim, run.steps)
+        checkpoints = stack.enter_context(
+            contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", run.keep))
+        )
+        train_state, loader_state = begin(settings, objective, optimizer, checkpoints, mesh)
+        start, first = int(train_state.step), loader_state["global_next_index"]
+        placements = jax.tree.map(lambda leaf: leaf.sharding, train_state)
+        everywhere = sharding.replicated(mesh)
+        frozen = sharding.put(objective.frozen, everywhere)
+        # The draws of step k are those of fold_in(key, k): they need no place in a checkpoint.
+        key = jax.jit(jax.random.key, out_shardings=everywhere)(run.seed)
+
+        train_step = jax.jit(
+            functools.partial(state.train_step, objective.loss, optimizer, settings.optim.ema),
+            in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere),
+            out_shardings=(placements, everywhere),
+            donate_argnums=0,
+        )
+        preview = jax.jit(objective.preview, out_shardings=everywhere)
+        preview_batch = sharding.put(objective.preview_batch, everywhere)
+
+        say(f"{run.dir}: {count(train_state.params) / 1e6:.2f} M parameters, {mesh.size} devices")
+        say(f"step {start} of {run.steps}; the first step compiles")
+        log = stack.enter_context(
+            record.Record(
+                folder,
+                start=start,
+                steps=run.steps,
+                batch_size=batch_size,
+                names=objective.name,
+                rate=state.learning_rate(settings.optim, run.steps),
+            )
+        )
+        batches = stack.enter_context(
+            contextlib.closing(batches_ahead(objective.clips, settings.data.loader, mesh, first))
+        )
+
+        step = start
+        while step < run.steps and not stop.requested(ask=step % run.log_every == 0):
+            batch, orbits = next(batches)
+            train_state, metrics = train_step(train_state, frozen, batch, key)
+            step += 1
+            log.add(step, metrics, orbits)
+            if step == start + 1:
+                log.restart_clock()
+            if step % run.log_every == 0:
+                log.flush()
+            if preview_batch and (step % run.sample_every == 0 or step == run.steps):
+                log.flush()
+                shown = preview(train_state.ema, frozen, preview_batch, key)
+                log.preview(step, *shown, objective.heldout)
+            if step % run.save_every == 0:
+                log.flush()
+                place = {"global_next_index": first + (step - start) * batch_size}
+                checkpoints.save(train_state, place)
+                log.restart_clock()
+
+        log.flush()
+        checkpoints.save(train_state, {"global_next_index": first + (step - start) * batch_size})
+        if run.export or step == run.steps:
+            export(settings, objective, train_state)
+    return train_state
+
+
+def begin(
+    settings: config.TrainConfig,
+    objective: Objective,
+    optimizer: Any,
+    checkpoints: checkpoint.Checkpoints,
+    mesh: Mesh,
+) -> checkpoint.Restored:
+    """The newest checkpoint's state and place in the data; else new ones, placed on the mesh.
+
+    New weights are random, or those of the model that `run.init_from` names.
+    """
+
+    def fresh(seed: Any) -> state.TrainState:
+        # A key of its own, so that the weights and the first step's noise have nothing in common.
+        key = jax.random.fold_in(jax.random.key(seed), 2**31)
+        return state.create(objective.init(key), optimizer)
+
+    abstract = jax.eval_shape(fresh, settings.run.seed)
+    placements = sharding.weights(abstract, mesh)
+    if checkpoints.latest is not None:
+        return checkpoints.restore(checkpoint.abstract_like(abstract, placements))
+    if settings.run.init_from is None:
+        train_state = jax.jit(fresh, out_shardings=placements)(settings.run.seed)
+    else:
+        params = objective.load(Path(settings.run.init_from))
+        params = fit(params, abstract.params, settings.run.init_from)
+        create = functools.partial(state.create, optimizer=optimizer)
+        train_state = jax.jit(create, out_shardings=placements)(
+            sharding.put(params, placements.params)
+        )
+    return checkpoint.Restored(train_state, {"global_next_index": 0})
+
+
+def fit(params: state.Params, abstract: state.Params, source: str) -> state.Params:
+    """The parameters, if they are those of the settings; otherwise a `UserError`."""
+    same_tree = jax.tree.structure(params) == jax.tree.structure(abstract)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=False)
+    if not same_tree or any(np.shape(leaf) != wanted.shape for leaf, wanted in pairs):
+        raise errors.UserError(f"{source} is a model of another size: it cannot start this run")
+    return params
+
+
+def batches_ahead(
+    clips: loader.Clips, settings: loader.LoaderConfig, mesh: Mesh, first: int, ahead: int = 2
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Batches on the devices from clip number `first` of the stream, with their orbits' indices.
+
+    While a step runs, the copies of the next `ahead` batches are under way.
+    """
+    source = loader.batches(clips, settings, rank=jax.process_index(), world=jax.process_count())
+    source.set_state({"global_next_index": first})
+    waiting: collections.deque[tuple[Any, np.ndarray]] = collections.deque()
+    with contextlib.closing(source):
+        for batch in source:
+            waiting.append((sharding.put_batch(batch, mesh), batch["index"]))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+
+
+def export(
+    settings: config.TrainConfig, objective: Objective, train_state: state.TrainState
+) -> None:
+    """Writes the averaged weights as a model, to `run.export` or into the run's folder."""
+    folder = Path(settings.run.export or Path(settings.run.dir) / "model")
+    ema = multihost.to_host(train_state.ema)
+    if multihost.is_main():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "version": __version__,
+            "steps": int(train_state.step),
+            "training": config.describe(settings),
+        }
+        objective.export(folder, ema, metadata, settings.run.export_dtype)
+        say(f"wrote {folder}")
+
+
+def count(params: state.Params) -> int:
+    """Parameters of a model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def say(text: str) -> None:
+    """Prints a line, in one process."""
+    if multihost.is_main():
+        print(text, flush=True)
+
+
+def main() -> None:
+    """Parses the command line and trains."""
+    train(config.load(sys.argv[1:]))
+
+
+def cli() -> None:
+    """The command `v3d-train`."""
+    errors.run(main)
+
+
+if __name__ == "__main__":
+    cli()

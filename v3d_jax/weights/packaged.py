@@ -1,0 +1,43 @@
+"""Models that travel inside the package, and what `--model NAME_OR_PATH` means."""
+
+import difflib
+import os
+from pathlib import Path
+
+import v3d_jax
+from v3d_jax import errors
+from v3d_jax.weights import folder
+
+ASSETS = Path(v3d_jax.__file__).parent / "assets"
+
+
+def names() -> tuple[str, ...]:
+    """The packaged models: folders of `v3d_jax/assets` that hold a model's `config.json`."""
+    return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{folder.CONFIG}")))
+
+
+def path(name: str) -> Path:
+    """The folder of a packaged model; `UserError` names those there are if it is none of them."""
+    if name in names():
+        return ASSETS / name
+    there = f"packaged: {', '.join(names())}" if names() else "this install packages no model"
+    close = difflib.get_close_matches(name, names(), 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise errors.UserError(
+        f"unknown model {name!r}: {hint}give a packaged name or a model folder ({there})"
+    )
+
+
+def resolve(name_or_path: str | os.PathLike) -> Path:
+    """The model folder that a name or a path stands for; an existing folder wins over a name."""
+    given = Path(name_or_path)
+    if (given / folder.CONFIG).is_file():
+        return given
+    if given.is_dir() and str(name_or_path) not in names():
+        raise errors.UserError(f"{given} is not a model folder: it has no {folder.CONFIG}")
+    return path(str(name_or_path))
+
+
+def load(name_or_path: str | os.PathLike) -> folder.Model:
+    """Loads a packaged model by name, or a model folder by path."""
+    return folder.load(resolve(name_or_path))
