@@ -8,8 +8,5 @@ cd "$(dirname "$0")/.."
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/v3d_jax/xla}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-# The autotuner's choices are kept too, where there is a GPU.
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_per_fusion_autotune_cache_dir=$JAX_COMPILATION_CACHE_DIR/autotune"
-mkdir -p "$JAX_COMPILATION_CACHE_DIR/autotune"
 
 exec python -m v3d_jax.train "$@"

@@ -259,6 +259,42 @@ def test_normals_by_crease_angle_are_smooth_round_and_sharp_at_the_rim():
     np.testing.assert_allclose(top, np.broadcast_to([0.0, 1.0, 0.0], top.shape), atol=1e-6)
 
 
+def sheet(second: dict) -> parts.Part:
+    part = parts.Part(
+        vertices=np.asarray([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], float),
+        faces=np.asarray([[0, 1, 2], [0, 2, 3]]),
+        normals=None,
+        uv=None,
+        color=np.asarray([1.0, 0.0, 0.0, 1.0]),
+        texture=None,
+        cutoff=0.0,
+    )
+    return part._replace(**second)
+
+
+def test_of_equal_faces_back_to_back_one_stays():
+    back = sheet({"faces": np.asarray([[2, 1, 0], [3, 2, 0]])})
+    mesh = parts.assemble("a", [sheet({}), back, sheet({})])
+    assert len(mesh.faces) == 2
+    assert len(mesh.vertices) == 4
+    # The first ones stay: they look along the file's z, which is the world's x.
+    np.testing.assert_allclose(mesh.normals, np.tile([1.0, 0.0, 0.0], (2, 3, 1)), atol=1e-7)
+
+
+def test_different_faces_back_to_back_are_moved_apart():
+    blue = {"color": np.asarray([0.0, 0.0, 1.0, 1.0]), "faces": np.asarray([[2, 1, 0], [3, 2, 0]])}
+    mesh = parts.assemble("a", [sheet({}), sheet(blue)])
+    assert len(mesh.faces) == 4
+    assert len(mesh.vertices) == 8
+    red, other = (mesh.vertices[mesh.faces[mesh.material == k]][..., 0] for k in (0, 1))
+    np.testing.assert_allclose(red - parts.SHEET, 0.0, atol=1e-6)
+    np.testing.assert_allclose(other + parts.SHEET, 0.0, atol=1e-6)
+    # Facing the same way, as a decal does, they stay where they are.
+    decal = parts.assemble("a", [sheet({}), sheet({"color": blue["color"]})])
+    assert len(decal.faces) == 4
+    np.testing.assert_allclose(decal.vertices[:, 0], 0.0, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -1,7 +1,6 @@
 """Denoiser and guidance around the UNet, against a stored output of the published code."""
 
 import fixtures
-import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -19,7 +18,7 @@ def test_guided_denoiser_equals_the_published_one():
     )
     scale = guidance.frame_scale("linear", 1.5, 3.0, 3)
 
-    @jax.jit
+    @fixtures.jit
     def denoise(params, x, sigma):
         network = nnx.merge(graphdef, params)
         return guidance.guided_denoiser(network, condition, scale)(x, sigma)

@@ -16,8 +16,7 @@ WHITE = np.ones(3, np.float32)
 
 
 def views():
-    with jax.numpy_rank_promotion("allow"):
-        return cameras.orbit(2, width=WIDTH, height=HEIGHT, start_azimuth=25.0)
+    return cameras.orbit(2, width=WIDTH, height=HEIGHT, start_azimuth=25.0)
 
 
 def ambient_only(level=1.0):
@@ -55,8 +54,7 @@ def cards(*layers, atlas=None, size=8):
 
 def front():
     """The view along -x, and the one from behind."""
-    with jax.numpy_rank_promotion("allow"):
-        return cameras.orbit(2, width=WIDTH, height=HEIGHT)
+    return cameras.orbit(2, width=WIDTH, height=HEIGHT)
 
 
 @functools.cache

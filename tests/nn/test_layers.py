@@ -1,5 +1,6 @@
 """Layers against slow NumPy twins and stored sinusoids."""
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,27 +106,31 @@ def test_layer_norm_equals_its_definition(clip):
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_temporal_conv_equals_three_shifted_products(frames):
-    conv = layers.TemporalConv(5, 7, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    conv.bias[...] = jnp.arange(7.0)
+    conv = fixtures.randomise(
+        lambda: layers.TemporalConv(5, 7, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    )
     x = np.random.default_rng(0).standard_normal((2, frames, 3, 4, 5)).astype(np.float32)
     padded = np.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
     kernel = np.asarray(conv.kernel[...])
-    expected = sum(padded[:, i : i + frames] @ kernel[i] for i in range(3)) + np.arange(7.0)
+    expected = sum(padded[:, i : i + frames] @ kernel[i] for i in range(3)) + np.asarray(conv.bias)
     np.testing.assert_allclose(conv(jnp.asarray(x)), expected, atol=1e-5)
 
 
 def test_feed_forward_gates_the_first_half_by_gelu_of_the_second():
-    layer = layers.FeedForward(4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = fixtures.randomise(lambda: layers.FeedForward(4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     layer.proj.kernel[...] = jnp.zeros((4, 32))
     layer.proj.bias[...] = jnp.concatenate([jnp.full(16, 3.0), jnp.full(16, 1.0)])
     layer.out.kernel[...] = jnp.full((16, 4), 1 / 16)
+    layer.out.bias[...] = jnp.zeros(4)
     # Exact GELU(1) = (1 + erf(1 / sqrt 2)) / 2.
     np.testing.assert_allclose(layer(jnp.ones((2, 4))), 3.0 * 0.8413447, atol=1e-6)
 
 
 def test_attention_to_one_token_needs_no_queries():
-    attend = layers.Attention(
-        32, head_channels=8, context_dim=6, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    attend = fixtures.randomise(
+        lambda: layers.Attention(
+            32, head_channels=8, context_dim=6, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
     )
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 5, 32)), jnp.float32)

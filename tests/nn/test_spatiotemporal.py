@@ -1,6 +1,6 @@
 """Blend signs, and who attends to whose context."""
 
-import jax
+import fixtures
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from v3d_jax.nn import layers, spatiotemporal
 
 ALPHA = 0.6224593  # sigmoid(0.5)
 
-call = jax.jit(lambda module, *args: module(*args))
+call = fixtures.jit(lambda module, *args: module(*args))
 
 
 def random(seed: int, *shape: int) -> jnp.ndarray:
@@ -34,14 +34,18 @@ def test_images_among_frames_keep_the_spatial_result():
 
 @pytest.fixture
 def cross():
-    attn = layers.Attention(8, head_channels=4, context_dim=6, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    return attn, layers.LayerNorm(8)
+    def create():
+        return layers.Attention(
+            8, head_channels=4, context_dim=6, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
+
+    return fixtures.randomise(create), layers.LayerNorm(8)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_shared_context_is_the_same_as_a_repeated_one(cross, tokens):
     x, context = random(0, 2, 4, 5, 8), random(1, 2, 1, tokens, 6)
-    attend = jax.jit(spatiotemporal.attend_context)
+    attend = fixtures.jit(spatiotemporal.attend_context)
     shared = attend(*cross, x, context)
     repeated = attend(*cross, x, jnp.repeat(context, 4, axis=1))
     np.testing.assert_allclose(*jnp.broadcast_arrays(shared, repeated), atol=1e-6)
@@ -50,7 +54,7 @@ def test_a_shared_context_is_the_same_as_a_repeated_one(cross, tokens):
 def test_each_frame_attends_to_its_own_context(cross):
     attn, norm = cross
     x, context = random(0, 2, 4, 5, 8), random(1, 2, 4, 3, 6)
-    out = jax.jit(spatiotemporal.attend_context)(attn, norm, x, context)
+    out = fixtures.jit(spatiotemporal.attend_context)(attn, norm, x, context)
     queries = call(norm, x)
     for b in range(2):
         for t in range(4):
@@ -60,11 +64,11 @@ def test_each_frame_attends_to_its_own_context(cross):
 
 @pytest.fixture
 def transformer():
-    layer = spatiotemporal.SpatialVideoTransformer(
-        32, head_channels=16, context_dim=6, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    return fixtures.randomise(
+        lambda: spatiotemporal.SpatialVideoTransformer(
+            32, head_channels=16, context_dim=6, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
     )
-    layer.proj_out.kernel[...] = jnp.eye(32)
-    return layer
 
 
 def test_layers_across_frames_attend_to_the_context_of_frame_0(transformer):
@@ -94,8 +98,10 @@ def test_a_temporal_block_keeps_pixels_apart(transformer):
 
 
 def test_the_embedding_reaches_its_own_frame():
-    block = spatiotemporal.ResBlock(
-        32, 64, emb_dim=16, eps=1e-5, zero=False, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    block = fixtures.randomise(
+        lambda: spatiotemporal.ResBlock(
+            32, 64, emb_dim=16, eps=1e-5, zero=False, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
     )
     x, emb = random(0, 1, 3, 2, 2, 32), random(1, 1, 3, 16)
     before, after = (call(block, x, e) for e in (emb, emb.at[:, 1].add(1.0)))

@@ -15,6 +15,8 @@ from v3d_jax.mesh import surface
 # Edges sharper than this keep their crease when a file has no normals (degrees).
 CREASE_ANGLE = 45.0
 CUTOFF = 0.5
+# Distance that back-to-back faces of different looks are moved, each (unit radii).
+SHEET = 5e-4
 
 # World axes out of file axes.
 _TURN = np.asarray([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -137,8 +139,8 @@ def assemble(name: str, pieces: Sequence[Part], texture_size: int = 256) -> surf
 
     The bounding box's centre goes to the origin and the farthest vertex to distance 1: an orbit of
     radius 2 with a 60 degree field of view just sees it all. Faces without area and vertices
-    without a face are dropped; equal materials and textures are stored once; textures become
-    squares of at most `texture_size`. Raises `UnreadableMesh`.
+    without a face are dropped; faces back to back are `separated`; equal materials and textures
+    are stored once; textures become squares of at most `texture_size`. Raises `UnreadableMesh`.
     """
     pieces = [_checked(name, piece) for piece in pieces]
     pieces = [piece for piece in pieces if len(piece.faces)]
@@ -152,7 +154,7 @@ def assemble(name: str, pieces: Sequence[Part], texture_size: int = 256) -> surf
     normals = np.concatenate([_normals(piece) for piece in pieces])
     uv = np.concatenate([np.zeros((len(p.faces), 3, 2)) if p.uv is None else p.uv for p in pieces])
     material, base_color, texture, cutoffs, atlas = _materials(pieces, texture_size)
-    return surface.Mesh(
+    mesh = surface.Mesh(
         vertices=vertices,
         faces=faces,
         normals=(normals @ _TURN.T).astype(np.float32),
@@ -163,6 +165,52 @@ def assemble(name: str, pieces: Sequence[Part], texture_size: int = 256) -> surf
         alpha_cutoff=cutoffs,
         atlas=atlas,
     )
+    return separated(mesh)
+
+
+def separated(mesh: surface.Mesh) -> surface.Mesh:
+    """Sorts out faces that lie on each other back to back, as two-sided sheets are modelled.
+
+    Of faces with the same corners that look the same, the first stays. Those that differ and face
+    both ways are moved by `SHEET` along their normals, so that each shows on its own side though
+    nothing is culled.
+    """
+    first, apart = _back_to_back(mesh)
+    faces, vertices = np.array(mesh.faces), mesh.vertices
+    if apart.any():
+        up = creased_normals(vertices, faces[apart])
+        lifted = np.rint((vertices[faces[apart]] + SHEET * up).reshape(-1, 3) * 1e6) / 1e6
+        lifted, place = np.unique(lifted.astype(np.float32), axis=0, return_inverse=True)
+        faces[apart] = len(vertices) + place.reshape(-1, 3)
+        vertices = np.concatenate([vertices, lifted])
+    used, flat = np.unique(faces[first], return_inverse=True)
+    return mesh._replace(
+        vertices=centred(vertices[used]),
+        faces=flat.reshape(-1, 3).astype(np.int32),
+        normals=mesh.normals[first],
+        uv=mesh.uv[first],
+        material=mesh.material[first],
+    )
+
+
+def _back_to_back(mesh: surface.Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Which faces [f] are the first of their corners and look, and which of them to move apart."""
+    _, weld = np.unique(mesh.vertices, axis=0, return_inverse=True)
+    welded = weld.reshape(-1)[mesh.faces]
+    order = np.argsort(welded, axis=1)
+    corners = np.take_along_axis(welded, order, axis=1)
+    # Even permutations of the sorted corners face one way, odd ones the other.
+    even = (order[:, 1] - order[:, 0]) % 3 == 1
+    uv = np.take_along_axis(mesh.uv, order[..., None], axis=1).reshape(-1, 6)
+    uv = np.where((mesh.texture[mesh.material] >= 0)[:, None], np.rint(uv * 1e4), 0.0)
+    look = np.concatenate([corners, mesh.material[:, None], uv], axis=1)
+    first = np.zeros(len(corners), bool)
+    first[np.unique(look, axis=0, return_index=True)[1]] = True
+    _, group = np.unique(corners, axis=0, return_inverse=True)
+    group = group.reshape(-1)
+    one_way = np.bincount(group, first & even) > 0
+    other_way = np.bincount(group, first & ~even) > 0
+    return first, first & (one_way & other_way)[group]
 
 
 def centred(points: np.ndarray) -> np.ndarray:

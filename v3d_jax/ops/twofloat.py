@@ -9,11 +9,11 @@ a bit mask into 12-bit halves, so contraction changes nothing. Sums follow Knuth
 Art of Computer Programming, vol. 2, 4.2.2).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class TwoFloat(NamedTuple):
@@ -71,6 +71,21 @@ def divide(x: TwoFloat, y: TwoFloat) -> TwoFloat:
     quotient = exact(x.hi / y.hi)
     rest = subtract(x, multiply(quotient, y))
     return add(quotient, exact(rest.hi / y.hi))
+
+
+def less(x: TwoFloat, y: TwoFloat) -> Bool[Array, "*n"]:
+    """x < y."""
+    return (x.hi < y.hi) | ((x.hi == y.hi) & (x.lo < y.lo))
+
+
+def equal(x: TwoFloat, y: TwoFloat) -> Bool[Array, "*n"]:
+    """x == y."""
+    return (x.hi == y.hi) & (x.lo == y.lo)
+
+
+def part(x: TwoFloat, index: Any) -> TwoFloat:
+    """x[index]."""
+    return TwoFloat(x.hi[index], x.lo[index])
 
 
 def _halves(a: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
