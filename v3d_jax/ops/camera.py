@@ -88,9 +88,7 @@ def orbit(
         ],
         axis=-1,
     )
-    pose = look_at(
-        jnp.asarray(position, jnp.float32), jnp.zeros(3), jnp.asarray([0.0, 0.0, 1.0])
-    )
+    pose = look_at(jnp.asarray(position, jnp.float32), jnp.zeros(3), jnp.asarray([0.0, 0.0, 1.0]))
     intrinsics = jnp.broadcast_to(pinhole(fov, width, height), (num_frames, 3, 3))
     size = jnp.ones(num_frames, jnp.int32)
     return Camera(pose, intrinsics, size * width, size * height)
