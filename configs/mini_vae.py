@@ -3,7 +3,7 @@
 Command:  python -m v3d_jax.render MESHES... --out data/orbits --size 256 --views 36
           python -m v3d_jax.train configs/mini_vae.py --data.path data/orbits
 Hardware: one H200
-Hours:    not measured yet
+Hours:    not measured whole; about 105 clips of 6 frames a second
 Result:   not measured yet (previews.csv: PSNR of reconstructions of training and held-out clips)
 
 The model is in runs/mini_vae/model; its config.json holds the measured scale factor of the latents.
@@ -21,7 +21,7 @@ config = AutoencoderTrainConfig(
     loss=AutoencoderLossConfig(mse=0.5, lpips=0.7, kl=1e-5, frames=6),
     data=DataConfig(loader=LoaderConfig(batch_size=8, num_frames=18, threads=14)),
     optim=OptimConfig(
-        lr=4e-4, warmup=500, decay="linear", decay_start=0.7, weight_decay=0.01, ema=0.999
+        lr=8e-4, warmup=500, decay="linear", decay_start=0.7, weight_decay=0.01, ema=0.999
     ),
     run=RunConfig(
         dir="runs/mini_vae", steps=20_000, log_every=50, sample_every=2_000, save_every=2_000
