@@ -92,6 +92,11 @@ def test_float32_round_trip_is_exact(saved, params):
     nnx.merge(graphdef, model.params)
 
 
+def test_everybody_may_read_the_weights(saved):
+    for path in saved.glob("*.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644
+
+
 def test_tensors_are_named_by_dotted_paths(saved):
     names = set(safetensors_numpy.load_file(saved / "model.safetensors"))
     assert {"unet.conv_in.kernel", "vision.blocks.0.norm1.scale"} <= names

@@ -195,7 +195,7 @@ def save(
             shards.append({})
         shards[-1][name] = tensor
     for index, shard in enumerate(shards):
-        safetensors_numpy.save_file(shard, aside / f"autoencoder-{index:05d}.safetensors")
+        model_folder.write_tensors(aside / f"autoencoder-{index:05d}.safetensors", shard)
     described = {"format": FORMAT, "autoencoder": settings.to_json(config), "metadata": metadata}
     (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     # A folder cannot be renamed over another one.

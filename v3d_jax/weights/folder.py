@@ -193,6 +193,13 @@ def _decode(stored: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray
     return tensors
 
 
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one safetensors file that everybody may read."""
+    safetensors_numpy.save_file(tensors, path)
+    # The library makes files that only their owner can read, useless once root has installed them.
+    path.chmod(0o644)
+
+
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     shards, size = [{}], 0
     for name, tensor in tensors:
@@ -203,7 +210,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> No
         size += tensor.nbytes
     for index, shard in enumerate(shards, 1):
         suffix = f"-{index:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        safetensors_numpy.save_file(shard, folder / f"model{suffix}.safetensors")
+        write_tensors(folder / f"model{suffix}.safetensors", shard)
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
