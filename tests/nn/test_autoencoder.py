@@ -174,3 +174,12 @@ def test_bfloat16_activations_keep_float32_parameters_and_posterior():
     assert posterior.mean.dtype == jnp.float32
     error = jnp.linalg.norm(posterior.mean - want.mean) / jnp.linalg.norm(want.mean)
     assert 0.0 < float(error) < 0.05
+
+
+def test_untrained_posterior_is_narrow(key):
+    # Small variances at the start, or the noise of sampling hides colour from training.
+    net = autoencoder.Autoencoder(CONFIG, rngs=nnx.Rngs(0))
+    images = jax.random.uniform(key, (2, 16, 16, 3), minval=-1.0)
+    posterior = net.encode(images)
+    assert abs(float(jnp.mean(posterior.logvar)) - autoencoder.INITIAL_LOGVAR) < 1.0
+    assert abs(float(jnp.mean(posterior.mean))) < 1.0

@@ -17,6 +17,9 @@ from v3d_jax.nn import layers, spatiotemporal
 from v3d_jax.ops import attention
 
 EPS = 1e-6
+# Of an untrained encoder. From a unit variance, training finds shapes first and leaves colour, a
+# small part of the error, under the noise for long.
+INITIAL_LOGVAR = -6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +28,7 @@ class AutoencoderConfig:
 
     `channel_mult` has one entry a level, each level but the last halves the image; a level has
     `num_res_blocks` blocks in the encoder and one more in the decoder. Every width must divide by
-    `groups`, those of group normalisation: with a channel a group a frame's contrast and colour are
-    normalised away, so small models need few groups. `remat` recomputes blocks in the backward
-    pass.
+    `groups`, those of group normalisation. `remat` recomputes blocks in the backward pass.
     """
 
     channels: int = 128
@@ -147,6 +148,9 @@ class Encoder(nnx.Module):
         self.mid2 = spatiotemporal.ResBlock(channels, channels, **res_block)
         self.norm_out = layers.GroupNorm(channels, eps=EPS, groups=config.groups)
         self.conv_out = layers.conv(channels, 2 * config.latent_channels, **settings)
+        self.conv_out.bias[...] = jnp.repeat(
+            jnp.asarray([0.0, INITIAL_LOGVAR]), config.latent_channels
+        )
 
     def __call__(self, images: Float[Array, "b t h w 3"]) -> Float[Array, "b t i j m"]:
         """Means, then log-variances, on the last axis."""

@@ -73,11 +73,8 @@ MINI = GeneratorConfig(
         head_channels=32,
         context_dim=128,
         vector_dim=256,
-        groups=8,
     ),
-    autoencoder=AutoencoderConfig(
-        channels=32, channel_mult=(1, 2, 3, 3), num_res_blocks=1, groups=4
-    ),
+    autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 3, 3), num_res_blocks=1),
     vision=VisionConfig(
         image_size=128,
         patch=16,
