@@ -24,13 +24,6 @@ print(xla_bridge.backends_are_initialized(), sorted(heavy & set(sys.modules)))
 """
 
 
-@pytest.fixture(autouse=True)
-def _broadcasting_cameras():
-    """ops.camera broadcasts one vector over many cameras."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"

@@ -4,7 +4,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,13 +30,6 @@ def rgba():
     rgba = np.zeros((SIZE, SIZE, 4), np.uint8)
     rgba[8:24, 8:24] = (220, 30, 40, 255)
     return rgba
-
-
-@pytest.fixture(autouse=True)
-def _broadcasting_cameras():
-    """ops.camera broadcasts one vector over many cameras."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture
