@@ -28,13 +28,14 @@ class AutoencoderConfig:
 
     `channel_mult` has one entry a level, each level but the last halves the image; a level has
     `num_res_blocks` blocks in the encoder and one more in the decoder. Every width must divide by
-    32. `remat` recomputes blocks in the backward pass.
+    `groups`, those of group normalisation. `remat` recomputes blocks in the backward pass.
     """
 
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     latent_channels: int = 4
+    groups: int = layers.GROUPS
     scale_factor: float = 0.18215
     remat: bool = False
     attention_impl: attention.Implementation | None = None
@@ -75,11 +76,12 @@ class AttentionBlock(nnx.Module):
         channels: int,
         *,
         impl: attention.Implementation | None,
+        groups: int,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         settings = {"dtype": dtype, "rngs": rngs}
-        self.norm = layers.GroupNorm(channels, eps=EPS)
+        self.norm = layers.GroupNorm(channels, eps=EPS, groups=groups)
         self.to_q = layers.linear(channels, channels, **settings)
         self.to_k = layers.linear(channels, channels, **settings)
         self.to_v = layers.linear(channels, channels, **settings)
@@ -98,8 +100,8 @@ class AttentionBlock(nnx.Module):
 class TemporalBlock(nnx.Module):
     """A residual block per frame, one across frames on its result, and their blend."""
 
-    def __init__(self, inputs: int, outputs: int, *, dtype: Any, rngs: nnx.Rngs):
-        settings = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, inputs: int, outputs: int, *, groups: int, dtype: Any, rngs: nnx.Rngs):
+        settings = {"groups": groups, "dtype": dtype, "rngs": rngs}
         self.spatial = spatiotemporal.ResBlock(inputs, outputs, eps=EPS, zero=False, **settings)
         self.temporal = spatiotemporal.TemporalResBlock(outputs, **settings)
         self.mix = spatiotemporal.Blend(0.0, alpha_weighs_temporal=True)
@@ -124,7 +126,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
         settings = {"dtype": dtype, "rngs": rngs}
-        res_block = {"eps": EPS, "zero": False, **settings}
+        res_block = {"eps": EPS, "zero": False, "groups": config.groups, **settings}
         channels = config.channels
         self.conv_in = layers.conv(3, channels, **settings)
         levels = []
@@ -140,9 +142,11 @@ class Encoder(nnx.Module):
             channels = width
         self.down = nnx.List(levels)
         self.mid1 = spatiotemporal.ResBlock(channels, channels, **res_block)
-        self.attn = AttentionBlock(channels, impl=config.attention_impl, **settings)
+        self.attn = AttentionBlock(
+            channels, impl=config.attention_impl, groups=config.groups, **settings
+        )
         self.mid2 = spatiotemporal.ResBlock(channels, channels, **res_block)
-        self.norm_out = layers.GroupNorm(channels, eps=EPS)
+        self.norm_out = layers.GroupNorm(channels, eps=EPS, groups=config.groups)
         self.conv_out = layers.conv(channels, 2 * config.latent_channels, **settings)
         self.conv_out.bias[...] = jnp.repeat(
             jnp.asarray([0.0, INITIAL_LOGVAR]), config.latent_channels
@@ -170,19 +174,21 @@ class TemporalDecoder(nnx.Module):
         settings = {"dtype": dtype, "rngs": rngs}
         channels = config.widths[-1]
         self.conv_in = layers.conv(config.latent_channels, channels, **settings)
-        self.mid1 = TemporalBlock(channels, channels, **settings)
-        self.attn = AttentionBlock(channels, impl=config.attention_impl, **settings)
-        self.mid2 = TemporalBlock(channels, channels, **settings)
+        self.mid1 = TemporalBlock(channels, channels, groups=config.groups, **settings)
+        self.attn = AttentionBlock(
+            channels, impl=config.attention_impl, groups=config.groups, **settings
+        )
+        self.mid2 = TemporalBlock(channels, channels, groups=config.groups, **settings)
         levels = []
         for level, width in reversed(list(enumerate(config.widths))):
             inputs = (channels,) + (width,) * config.num_res_blocks
-            blocks = [TemporalBlock(i, width, **settings) for i in inputs]
+            blocks = [TemporalBlock(i, width, groups=config.groups, **settings) for i in inputs]
             resample = layers.conv(width, width, **settings) if level > 0 else None
             levels.append(Level(blocks, resample))
             channels = width
         # Numbered as levels are: up[0] is full resolution and runs last.
         self.up = nnx.List(levels[::-1])
-        self.norm_out = layers.GroupNorm(channels, eps=EPS)
+        self.norm_out = layers.GroupNorm(channels, eps=EPS, groups=config.groups)
         self.conv_out = layers.conv(channels, 3, **settings)
         # Starts as the identity: an untrained decoder is one of images.
         self.time_mix_conv = layers.TemporalConv(3, 3, kernel_init=_identity, **settings)

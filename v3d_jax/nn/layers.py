@@ -118,12 +118,15 @@ class GroupNorm(nnx.Module):
     groups by the law of total variance. What is left per element is one multiply-add.
     """
 
-    def __init__(self, channels: int, *, eps: float, over_frames: bool = False):
-        if channels % GROUPS:
-            raise ValueError(f"group norm: {channels} channels do not divide into {GROUPS} groups")
+    def __init__(
+        self, channels: int, *, eps: float, groups: int = GROUPS, over_frames: bool = False
+    ):
+        if channels % groups:
+            raise ValueError(f"group norm: {channels} channels do not divide into {groups} groups")
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.eps = eps
+        self.groups = groups
         self.over_frames = over_frames
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
@@ -145,7 +148,7 @@ class GroupNorm(nnx.Module):
 
     def _group(self, x: Float[Array, "b u 1 1 c"]) -> Float[Array, "b u 1 1 c"]:
         """Every channel replaced by its group's mean."""
-        groups = x.reshape(*x.shape[:-1], GROUPS, -1)
+        groups = x.reshape(*x.shape[:-1], self.groups, -1)
         mean = jnp.mean(groups, axis=-1, keepdims=True)
         return jnp.broadcast_to(mean, groups.shape).reshape(x.shape)
 

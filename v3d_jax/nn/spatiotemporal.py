@@ -53,13 +53,14 @@ class ResBlock(nnx.Module):
         emb_dim: int | None = None,
         eps: float,
         zero: bool,
+        groups: int = layers.GROUPS,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = layers.GroupNorm(inputs, eps=eps)
+        self.norm1 = layers.GroupNorm(inputs, eps=eps, groups=groups)
         self.conv1 = layers.conv(inputs, outputs, dtype=dtype, rngs=rngs)
         self.emb = layers.linear(emb_dim, outputs, dtype=dtype, rngs=rngs) if emb_dim else None
-        self.norm2 = layers.GroupNorm(outputs, eps=eps)
+        self.norm2 = layers.GroupNorm(outputs, eps=eps, groups=groups)
         self.conv2 = layers.conv(outputs, outputs, zero=zero, dtype=dtype, rngs=rngs)
         changes = inputs != outputs
         self.skip = layers.linear(inputs, outputs, dtype=dtype, rngs=rngs) if changes else None
@@ -78,11 +79,20 @@ class ResBlock(nnx.Module):
 class TemporalResBlock(nnx.Module):
     """Residual block across frames: normalised over the whole clip, convolved over time only."""
 
-    def __init__(self, channels: int, *, emb_dim: int | None = None, dtype: Any, rngs: nnx.Rngs):
-        self.norm1 = layers.GroupNorm(channels, eps=1e-5, over_frames=True)
+    def __init__(
+        self,
+        channels: int,
+        *,
+        emb_dim: int | None = None,
+        groups: int = layers.GROUPS,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        norm = {"eps": 1e-5, "groups": groups, "over_frames": True}
+        self.norm1 = layers.GroupNorm(channels, **norm)
         self.conv1 = layers.TemporalConv(channels, channels, dtype=dtype, rngs=rngs)
         self.emb = layers.linear(emb_dim, channels, dtype=dtype, rngs=rngs) if emb_dim else None
-        self.norm2 = layers.GroupNorm(channels, eps=1e-5, over_frames=True)
+        self.norm2 = layers.GroupNorm(channels, **norm)
         zeros = nnx.initializers.zeros_init()
         self.conv2 = layers.TemporalConv(
             channels, channels, kernel_init=zeros, dtype=dtype, rngs=rngs
@@ -101,11 +111,19 @@ class TemporalResBlock(nnx.Module):
 class VideoResBlock(nnx.Module):
     """A residual block per frame, one across frames on its result, and their blend."""
 
-    def __init__(self, inputs: int, outputs: int, *, emb_dim: int, dtype: Any, rngs: nnx.Rngs):
-        self.spatial = ResBlock(
-            inputs, outputs, emb_dim=emb_dim, eps=1e-5, zero=True, dtype=dtype, rngs=rngs
-        )
-        self.temporal = TemporalResBlock(outputs, emb_dim=emb_dim, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        emb_dim: int,
+        groups: int = layers.GROUPS,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        settings = {"emb_dim": emb_dim, "groups": groups, "dtype": dtype, "rngs": rngs}
+        self.spatial = ResBlock(inputs, outputs, eps=1e-5, zero=True, **settings)
+        self.temporal = TemporalResBlock(outputs, **settings)
         self.mix = Blend(0.5)
 
     def __call__(
@@ -233,6 +251,7 @@ class SpatialVideoTransformer(nnx.Module):
         head_channels: int,
         context_dim: int,
         impl: attention.Implementation | None = None,
+        groups: int = layers.GROUPS,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -243,7 +262,7 @@ class SpatialVideoTransformer(nnx.Module):
             "dtype": dtype,
             "rngs": rngs,
         }
-        self.norm = layers.GroupNorm(channels, eps=1e-6)
+        self.norm = layers.GroupNorm(channels, eps=1e-6, groups=groups)
         self.proj_in = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
         self.spatial = SpatialBlock(channels, **settings)
         self.frame_embed = layers.MLP(channels, 4 * channels, channels, dtype=dtype, rngs=rngs)

@@ -21,9 +21,9 @@ class UNetConfig:
 
     `channel_mult` has one entry a level; a level has `num_res_blocks` blocks on the way down and
     one more on the way up. Levels whose downsampling factor is in `attention_resolutions` have
-    transformers, the middle always has one. Every width must divide by 32 and, where there is
-    attention, by `head_channels`. `remat` recomputes residual blocks and transformers in the
-    backward pass, each from its input.
+    transformers, the middle always has one. Every width must divide by `groups`, those of
+    group normalisation, and where there is attention by `head_channels`. `remat` recomputes
+    residual blocks and transformers in the backward pass, each from its input.
     """
 
     in_channels: int = 8
@@ -35,6 +35,7 @@ class UNetConfig:
     head_channels: int = 64
     context_dim: int = 1024
     vector_dim: int = 768
+    groups: int = layers.GROUPS
     remat: bool = False
     attention_impl: attention.Implementation | None = None
 
@@ -67,7 +68,12 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.res = spatiotemporal.VideoResBlock(
-            inputs, outputs, emb_dim=config.emb_dim, dtype=dtype, rngs=rngs
+            inputs,
+            outputs,
+            emb_dim=config.emb_dim,
+            groups=config.groups,
+            dtype=dtype,
+            rngs=rngs,
         )
         attn = None
         if attend:
@@ -76,6 +82,7 @@ class Block(nnx.Module):
                 head_channels=config.head_channels,
                 context_dim=config.context_dim,
                 impl=config.attention_impl,
+                groups=config.groups,
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -162,7 +169,7 @@ class VideoUNet(nnx.Module):
             channels = width
         # Numbered as levels are, so that down[i] and up[i] have the same resolution.
         self.up = nnx.List(up[::-1])
-        self.norm_out = layers.GroupNorm(channels, eps=1e-5)
+        self.norm_out = layers.GroupNorm(channels, eps=1e-5, groups=config.groups)
         self.conv_out = layers.conv(channels, config.out_channels, zero=True, **settings)
 
     def __call__(
