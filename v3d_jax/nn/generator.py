@@ -69,12 +69,17 @@ MINI = GeneratorConfig(
         model_channels=32,
         channel_mult=(2, 4, 5),
         num_res_blocks=1,
-        attention_resolutions=(1, 2, 4),
+        # Attention over 32 x 32 latents would double the time of a step.
+        attention_resolutions=(2, 4),
         head_channels=32,
         context_dim=128,
         vector_dim=256,
+        groups=8,
     ),
-    autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 3, 3), num_res_blocks=1),
+    # In 32 groups of one channel, normalisation would take away how far a colour is from another.
+    autoencoder=AutoencoderConfig(
+        channels=32, channel_mult=(1, 2, 3, 3), num_res_blocks=1, groups=8
+    ),
     vision=VisionConfig(
         image_size=128,
         patch=16,
