@@ -125,6 +125,14 @@ def test_frames_are_pictures_on_white(orbit_folder, noise_orbits):
             np.testing.assert_array_equal(clip, [views[v] for v in loader.turn(start, 3, 6)])
 
 
+def test_only_the_first_frames_can_be_decoded(orbit_folder):
+    source = orbits.source(orbit_folder)
+    whole, _ = take(loader.FrameClips(source), 2)
+    first, _ = take(loader.FrameClips(source, 2), 2)
+    for clips, batch in zip(whole, first, strict=True):
+        np.testing.assert_array_equal(batch["frames"], clips["frames"][:, :2])
+
+
 @pytest.mark.slow
 def test_worker_processes_change_nothing(orbit_folder, caplog):
     clips = loader.FrameClips(orbits.source(orbit_folder))

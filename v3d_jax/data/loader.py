@@ -72,20 +72,25 @@ class Batches(Protocol):
 
 
 class FrameClips:
-    """Clips of pictures: "frames" uint8 [t,h,w,3] on white, and the orbit's "index"."""
+    """Clips of pictures: "frames" uint8 [t,h,w,3] on white, and the orbit's "index".
 
-    def __init__(self, source: orbits.Source):
+    With `first` > 0 only the first so many frames of a clip are decoded and given.
+    """
+
+    def __init__(self, source: orbits.Source, first: int = 0):
         self.source = source
         self.views = source.views
+        self.first = first or source.views
 
     def __len__(self) -> int:
         return len(self.source)
 
     def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
-        """Decodes frames `order` of orbit `index`."""
+        """Decodes frames `order` of orbit `index`, or the first of them."""
         frames = self.source[index].frames
+        kept = order[: self.first]
         return {
-            "frames": np.stack([png.decode_on_white(frames[view]) for view in order]),
+            "frames": np.stack([png.decode_on_white(frames[view]) for view in kept]),
             "index": np.int32(index),
         }
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 from safetensors import numpy as safetensors_numpy
 
 from v3d_jax import errors
@@ -37,8 +37,8 @@ SHARD_BYTES = 12 * 2**20
 class AutoencoderLossConfig:
     """Weights of the terms, each a mean: over pixels, over frames (LPIPS), over latents (KL).
 
-    `frames` > 0 trains on a random run of so many consecutive frames of each clip. `scale_orbits`
-    orbits are enough to measure the standard deviation of the latents.
+    `frames` > 0 trains on so many consecutive frames of each clip, from a random place of its
+    orbit. `scale_orbits` orbits are enough to measure the standard deviation of the latents.
     """
 
     mse: float = 0.5
@@ -66,10 +66,8 @@ def build(
     perceptual = _perceptual(config)
     if perceptual is None:
         config = dataclasses.replace(config, lpips=0.0)
-    clips = loader.FrameClips(source)
-    batch, held = objective.preview_batch(
-        data, clips, None if heldout is None else loader.FrameClips(heldout)
-    )
+    whole = None if heldout is None else loader.FrameClips(heldout)
+    batch, held = objective.preview_batch(data, loader.FrameClips(source), whole)
 
     def init(key: jax.Array) -> Params:
         module = autoencoder.Autoencoder(model, dtype=dtype, rngs=nnx.Rngs(key))
@@ -96,7 +94,7 @@ def build(
         load=lambda path: load(path)[1],
         loss=loss,
         frozen=perceptual,
-        clips=clips,
+        clips=loader.FrameClips(source, config.frames),
         name=lambda index: source[index].name,
         preview=preview,
         preview_batch=batch,
@@ -114,12 +112,9 @@ def autoencoder_loss(
     dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Reconstruction of clips through a sample of the posterior; `dtype` is that of LPIPS."""
-    window_key, sample_key = jax.random.split(key)
-    if 0 < config.frames < frames.shape[1]:
-        frames = _window(window_key, frames, config.frames)
     target = image.to_network(frames.astype(jnp.float32) / 255.0)
     posterior = _encode(model, target)
-    decoded = model.decode(posterior.sample(sample_key))
+    decoded = model.decode(posterior.sample(key))
     l1 = jnp.mean(jnp.abs(decoded - target))
     mse = jnp.mean(jnp.square(decoded - target))
     kl = jnp.mean(posterior.kl()) / np.prod(posterior.mean.shape[2:])
@@ -261,15 +256,3 @@ def _encode(
     posterior = model.encode(clips.reshape(-1, *clips.shape[2:]))
     leading = clips.shape[:2]
     return autoencoder.Posterior(*(x.reshape(*leading, *x.shape[1:]) for x in posterior))
-
-
-def _window(
-    key: Key[Array, ""], frames: UInt8[Array, "b t h w 3"], count: int
-) -> UInt8[Array, "b {count} h w 3"]:
-    """`count` consecutive frames of every clip, from a place of its own."""
-    starts: Int[Array, " b"] = jax.random.randint(
-        key, frames.shape[:1], 0, frames.shape[1] - count + 1
-    )
-    return jax.vmap(lambda clip, start: jax.lax.dynamic_slice_in_dim(clip, start, count))(
-        frames, starts
-    )
