@@ -11,7 +11,7 @@ from v3d_jax import checkpoint, errors, state
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
 
-OPTIMIZER = state.optimizer(state.OptimConfig(), 100)
+OPTIMIZER = state.optimizer(state.OptimConfig())
 MIB = 2**20
 
 
@@ -37,7 +37,9 @@ def abstract(devices: int = 1, fsdp: int = 1, rows: int = 64) -> state.TrainStat
 @pytest.fixture
 def step():
     return jax.jit(
-        lambda begun: state.train_step(loss, OPTIMIZER, 0.9, begun, None, None, jax.random.key(1)),
+        lambda begun: state.train_step(
+            loss, OPTIMIZER, 0.9, begun, None, None, jax.random.key(1), jnp.asarray(1e-4)
+        ),
         donate_argnums=0,
     )
 

@@ -345,7 +345,7 @@ def test_from_pictures_to_a_model_that_samples(data, tmp_path):
         train.begin(
             dataclasses.replace(settings, run=dataclasses.replace(settings.run, dir="none")),
             settings.objective(),
-            state.optimizer(settings.optim, 6),
+            state.optimizer(settings.optim),
             checkpoint.Checkpoints(tmp_path / "empty"),
             meshes.make(settings.mesh),
         ).state.params

@@ -4,13 +4,13 @@ Parameters are plain nested dicts of float32 arrays (`nnx.to_pure_dict` of a mod
 `nnx.merge` takes as it is): a State costs four times as much on its way into a compiled function.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -54,17 +54,19 @@ class TrainState(NamedTuple):
     ema: Params
 
 
-def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The rate of update number `count` (from 0) in a run of `steps` updates."""
+def learning_rate(config: OptimConfig, steps: int) -> Callable[[int], float]:
+    """The rate of update number `count` (from 0) in a run of `steps` updates.
+
+    Computed on the host, so that a longer run is the same compiled program.
+    """
     first = config.decay_start * steps
 
-    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
-        count = jnp.asarray(count, jnp.float32)
-        rise = jnp.minimum(1.0, (count + 1.0) / max(config.warmup, 1))
-        progress = jnp.clip((count - first) / max(steps - 1 - first, 1.0), 0.0, 1.0)
+    def schedule(count: int) -> float:
+        rise = min(1.0, (count + 1) / max(config.warmup, 1))
+        progress = min(max((count - first) / max(steps - 1 - first, 1.0), 0.0), 1.0)
         remaining = {
-            "constant": jnp.ones_like(progress),
-            "cosine": 0.5 * (1.0 + jnp.cos(np.pi * progress)),
+            "constant": 1.0,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
             "linear": 1.0 - progress,
         }[config.decay]
         return config.lr * rise * (config.final_lr + (1.0 - config.final_lr) * remaining)
@@ -72,12 +74,12 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; biases, norms and scalars are not decayed."""
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW at a rate of 1; biases, norms, scalars do not decay."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
-            learning_rate(config, steps),
+            1.0,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
@@ -111,17 +113,19 @@ def train_step(
     frozen: Any,
     batch: Any,
     key: Key[Array, ""],
+    rate: Float[Array, ""],
 ) -> tuple[TrainState, Metrics]:
-    """One update. `key` is the run's: the step is folded in, so nothing else carries randomness.
+    """One update of `rate` times what `optimizer` asks for.
 
-    `frozen` are arrays that `loss(params, frozen, batch, key)` needs and training leaves alone.
-    The metrics are the loss's, with `loss` and the gradient's norm before clipping.
+    `key` is the run's: the step is folded in, so nothing else carries randomness. `frozen` are
+    arrays that `loss(params, frozen, batch, key)` needs and training leaves alone. The metrics are
+    the loss's, with `loss` and the gradient's norm before clipping.
     """
     step_key = jax.random.fold_in(key, state.step)
     grad = jax.value_and_grad(loss, has_aux=True)
     (value, metrics), grads = grad(state.params, frozen, batch, step_key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
     keep = ema_decay(decay, state.step)
     ema = jax.tree.map(lambda old, new: keep * old + (1.0 - keep) * new, state.ema, params)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}

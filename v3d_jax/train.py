@@ -46,7 +46,8 @@ def train(settings: config.TrainConfig) -> state.TrainState:
         if multihost.is_main():
             config.open_run(settings)
         objective = settings.objective()
-        optimizer = state.optimizer(settings.optim, run.steps)
+        optimizer = state.optimizer(settings.optim)
+        rate = state.learning_rate(settings.optim, run.steps)
         checkpoints = stack.enter_context(
             contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints", run.keep))
         )
@@ -60,7 +61,7 @@ def train(settings: config.TrainConfig) -> state.TrainState:
 
         train_step = jax.jit(
             functools.partial(state.train_step, objective.loss, optimizer, settings.optim.ema),
-            in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere),
+            in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere, everywhere),
             out_shardings=(placements, everywhere),
             donate_argnums=0,
         )
@@ -76,7 +77,7 @@ def train(settings: config.TrainConfig) -> state.TrainState:
                 steps=run.steps,
                 batch_size=batch_size,
                 names=objective.name,
-                rate=state.learning_rate(settings.optim, run.steps),
+                rate=rate,
             )
         )
         batches = stack.enter_context(
@@ -86,7 +87,9 @@ def train(settings: config.TrainConfig) -> state.TrainState:
         step = start
         while step < run.steps and not stop.requested(ask=step % run.log_every == 0):
             batch, orbits = next(batches)
-            train_state, metrics = train_step(train_state, frozen, batch, key)
+            # A numpy scalar, because every process puts it on devices of its own.
+            now = np.float32(rate(step))
+            train_state, metrics = train_step(train_state, frozen, batch, key, now)
             step += 1
             log.add(step, metrics, orbits)
             if step == start + 1:

@@ -74,7 +74,7 @@ class Record:
         steps: int,
         batch_size: int,
         names: Callable[[int], str],
-        rate: Callable[[int], Any],
+        rate: Callable[[int], float],
     ):
         from tqdm import tqdm
 
@@ -125,7 +125,7 @@ class Record:
         means = {name: float(np.mean([m[name] for m in fetched])) for name in names}
         seconds = time.monotonic() - self._clock
         speed = self._timed / seconds if self._timed else 0.0
-        row = {"step": step, **means, "lr": float(self._rate(step - 1))}
+        row = {"step": step, **means, "lr": self._rate(step - 1)}
         row["clips_per_s"] = speed * self._batch_size
         if self._main:
             self._log.append(row)
