@@ -73,8 +73,12 @@ def build(
     model = _with_autoencoder(model, autoencoder_config)
     source, heldout = orbits.source(data.path, data.split), objective.heldout_source(data)
     encode = _encoder(autoencoder_config, frozen, dtype)
+    # Scaled when they are encoded: no step's program holds the measured scale.
+    weights = latents.fingerprint(
+        {"params": frozen, "scale": np.float64(autoencoder_config.scale_factor)}
+    )
     clips, heldout_clips = (
-        None if split is None else _latents(split, encode, frozen, cached)
+        None if split is None else _latents(split, encode, weights, cached)
         for split in (source, heldout)
     )
     settings = pipeline.Settings(model, sampling, activations=jnp.dtype(dtype).name)
@@ -103,8 +107,8 @@ def build(
         whole = {**params, "autoencoder": frozen}
         condition = make_condition(merged(params, frozen), batch, key, condition_config)
         images, psnr = samples(settings, whole, batch, condition, key)
-        scaled = scale(model, batch)
-        losses = fixed_noise_loss(merged(params, frozen), scaled, condition, key, loss_config)
+        clips = batch["latents"].astype(jnp.float32)
+        losses = fixed_noise_loss(merged(params, frozen), clips, condition, key, loss_config)
         return images, {"psnr": psnr, "loss": losses}
 
     def export(path: Path, params: Params, metadata: dict[str, Any], dtype: FloatName) -> None:
@@ -135,8 +139,7 @@ def video_loss(
     """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower."""
     loss_key, augment_key = jax.random.split(key)
     condition = make_condition(model, batch, augment_key, condition_config)
-    scaled = scale(model.config, batch)
-    loss, seen = edm.edm_loss(model.unet, scaled, condition, loss_key, loss_config)
+    loss, seen = edm.edm_loss(model.unet, batch["latents"], condition, loss_key, loss_config)
     # Whether a change helps shows first where there is much noise, or little.
     noisy = seen.log_sigma > loss_config.p_mean
     return loss, {
@@ -154,18 +157,18 @@ def make_condition(
     """Tokens of the input view, its latent and the scalars, as `pipeline.encode_condition`.
 
     The latent is the posterior's mean: scaled, or for a model told of `cond_aug` not scaled and
-    with noise. Raises `UserError` for a scalar that the data do not give.
+    with noise. The batch's latents are scaled. Raises `UserError` for a scalar that the data do
+    not give.
     """
     wanted = model.config.conditioner
-    level = jnp.zeros(batch["latents"].shape[0])
+    first = batch["latents"][:, 0].astype(jnp.float32)
+    level = jnp.zeros(first.shape[0])
     if "cond_aug" in wanted.scalars:
         level_key, noise_key = jax.random.split(key)
         drawn = jax.random.normal(level_key, level.shape)
         level = jnp.exp(config.augment_mean + config.augment_std * drawn)
-        first = batch["latents"][:, 0].astype(jnp.float32)
+        first = first / model.config.autoencoder.scale_factor
         first = first + level[:, None, None, None] * jax.random.normal(noise_key, first.shape)
-    else:
-        first = scale(model.config, batch)[:, 0]
     view = image.to_network(batch["image"].astype(jnp.float32) / 255.0)
     values = scalars(batch, level, config)
     unknown = sorted(set(wanted.scalars) - set(values))
@@ -195,11 +198,6 @@ def scalars(
     }
 
 
-def scale(model: generator.GeneratorConfig, batch: Any) -> Float[Array, "b t h w c"]:
-    """The batch's latents at about unit variance, as the UNet denoises them."""
-    return batch["latents"].astype(jnp.float32) * model.autoencoder.scale_factor
-
-
 def samples(
     settings: pipeline.Settings,
     params: Params,
@@ -218,7 +216,7 @@ def samples(
 
     drawn = pipeline.sample_latents(settings, params, condition, key)
     truth, sample = (
-        jax.lax.map(decode, clips) for clips in (scale(settings.generator, batch), drawn)
+        jax.lax.map(decode, clips) for clips in (batch["latents"].astype(jnp.float32), drawn)
     )
     rows = jnp.stack([truth, sample], axis=1).reshape(-1, *truth.shape[1:])
     psnr = metrics.psnr(sample[:, 1:], truth[:, 1:])
@@ -227,7 +225,7 @@ def samples(
 
 def fixed_noise_loss(
     model: generator.Generator,
-    scaled: Float[Array, "b t h w c"],
+    clips: Float[Array, "b t h w c"],
     condition: guidance.Condition,
     key: Key[Array, ""],
     config: edm.LossConfig,
@@ -237,7 +235,7 @@ def fixed_noise_loss(
     config = dataclasses.replace(config, drop_context=0.0, drop_latent=0.0)
 
     def draw(key: Key[Array, ""]) -> Float[Array, " b"]:
-        return edm.edm_loss(model.unet, scaled, condition, key, config)[1].clip_loss
+        return edm.edm_loss(model.unet, clips, condition, key, config)[1].clip_loss
 
     return jnp.mean(jax.lax.map(draw, jax.random.split(key, draws)), axis=0)
 
@@ -261,19 +259,19 @@ def _encoder(
     @jax.jit
     def encode(params: Params, frames: Any) -> Float[Array, "b h w c"]:
         images = image.to_network(frames.astype(jnp.float32) / 255.0)
-        return nnx.merge(graphdef, params).encode(images).mean
+        return nnx.merge(graphdef, params).encode(images).mean * config.scale_factor
 
     return lambda frames: encode(params, frames)
 
 
 def _latents(
-    source: orbits.Source, encode: latents.Encode, params: Params, cached: CachedLatentsConfig
+    source: orbits.Source, encode: latents.Encode, weights: str, cached: CachedLatentsConfig
 ) -> latents.LatentCache:
     folder = source.path if cached.folder is None else Path(cached.folder)
     return latents.open_or_encode(
         source,
         encode,
-        latents.fingerprint(params),
+        weights,
         cached.cache,
         folder=folder,
         save=cached.save and jax.process_index() == 0,
