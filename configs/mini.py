@@ -22,9 +22,8 @@ from v3d_jax.training.video import CachedLatentsConfig
 
 config = VideoTrainConfig(
     model=MINI,
-    # Pictures are kept at full size, so that the tower shrinks them as it does when sampling.
     latents=CachedLatentsConfig(
-        autoencoder="runs/mini_vae/model", cache=CacheConfig(image_size=256, threads=14)
+        autoencoder="runs/mini_vae/model", cache=CacheConfig(image_size=128, threads=14)
     ),
     # V3D's noise (1.5, 2.0) is for fine-tuning; from scratch the details need their share.
     loss=LossConfig(p_mean=0.7, p_std=1.6, drop_context=0.2, drop_latent=0.2),
@@ -40,7 +39,7 @@ config = VideoTrainConfig(
     ),
     data=DataConfig(loader=LoaderConfig(batch_size=32, num_frames=18, threads=4)),
     optim=OptimConfig(
-        lr=5e-4, warmup=300, decay="linear", decay_start=0.6, weight_decay=0.01, ema=0.9995
+        lr=5e-4, warmup=300, decay="linear", decay_start=0.6, weight_decay=0.01, ema=0.999
     ),
     run=RunConfig(
         dir="runs/mini", steps=40_000, log_every=50, sample_every=5_000, save_every=5_000

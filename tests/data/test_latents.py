@@ -1,10 +1,12 @@
 import contextlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from v3d_jax import errors
 from v3d_jax.data import latents, loader, orbits, png
+from v3d_jax.ops import image
 
 CONFIG = latents.CacheConfig(image_size=8, orbits_per_call=2, threads=2)
 
@@ -41,8 +43,9 @@ def test_every_view_of_every_orbit_is_encoded(source, noise_orbits):
     for index, orbit in enumerate(noise_orbits):
         frames = np.stack([png.decode_on_white(frame) for frame in orbit.frames])
         np.testing.assert_array_equal(cache.latents[index], Encoder()(frames).astype(np.float16))
-        means = frames.reshape(6, 8, 2, 8, 2, 3).mean(axis=(2, 4))
-        assert np.abs(cache.images[index] - means).max() <= 0.5
+        # What the image tower makes of the pictures itself when it samples.
+        small = image.resize(jnp.asarray(frames, jnp.float32), (8, 8), "bilinear")
+        assert np.abs(cache.images[index] - np.asarray(small)).max() <= 1.0
         np.testing.assert_array_equal(cache.azimuths[index], orbit.azimuths)
         assert cache.elevations[index] == orbit.elevation
 

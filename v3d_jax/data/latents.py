@@ -1,6 +1,6 @@
 """A data set's latents in memory, so that training a video model never decodes a picture.
 
-n orbits, v views each; latents float16 [n,v,h,w,c] as the autoencoder gives them (not scaled),
+n orbits, v views each; latents float16 [n,v,h,w,c] as the video model denoises them (scaled),
 input views uint8 [n,v,s,s,3] on white for the image tower. Encoding happens once, before training;
 the result can lie beside the data under a name made from the data, the weights and the sizes, so a
 stale one is never found.
@@ -114,11 +114,10 @@ def encode_orbits(source: orbits.Source, encode: Encode, config: CacheConfig) ->
     latents, names = None, []
     groups = range(0, count, config.orbits_per_call)
     with tqdm(total=count, desc="encoding", unit="orbit", smoothing=0.05) as bar:
-        for first, (records, frames) in zip(groups, _decoded(source, config), strict=True):
+        for first, (records, frames, small) in zip(groups, _decoded(source, config), strict=True):
             result = encode(frames.reshape(-1, *frames.shape[2:]))
-            # The device works on `result` while the host shrinks the same pictures.
             part = slice(first, first + len(records))
-            images[part] = shrink(frames[: len(records)], config.image_size)
+            images[part] = small
             azimuths[part] = [record.azimuths for record in records]
             elevations[part] = [record.elevation for record in records]
             names += [record.name for record in records]
@@ -137,19 +136,15 @@ def encode_orbits(source: orbits.Source, encode: Encode, config: CacheConfig) ->
     return LatentCache(latents, images, azimuths, elevations, names)
 
 
-def shrink(frames: UInt8[np.ndarray, "n v h w 3"], size: int) -> UInt8[np.ndarray, "n v s s 3"]:
-    """Frames at `size` x `size`, each pixel the mean of those it covers."""
+def shrink(frames: UInt8[np.ndarray, "v h w 3"], size: int) -> UInt8[np.ndarray, "v s s 3"]:
+    """Frames at `size` x `size`, with the antialiased filter of a tower's plain preprocessing."""
     from PIL import Image
 
-    if frames.shape[2:4] == (size, size):
+    if frames.shape[1:3] == (size, size):
         return frames
-    factor, rest = divmod(frames.shape[2], size)
-    flat = [Image.fromarray(frame) for frame in frames.reshape(-1, *frames.shape[2:])]
-    if rest:
-        small = [image.resize((size, size), Image.Resampling.BOX) for image in flat]
-    else:  # rounded once, not once an axis
-        small = [image.reduce(factor) for image in flat]
-    return np.stack([np.asarray(s) for s in small]).reshape(*frames.shape[:2], size, size, 3)
+    images = (Image.fromarray(frame) for frame in frames)
+    small = [image.resize((size, size), Image.Resampling.BILINEAR) for image in images]
+    return np.stack([np.asarray(image) for image in small])
 
 
 def fingerprint(params: Any) -> str:
@@ -195,13 +190,17 @@ def load(path: Path, key: dict[str, Any]) -> LatentCache:
 
 def _decoded(
     source: orbits.Source, config: CacheConfig
-) -> Iterator[tuple[list[orbits.Orbit], np.ndarray]]:
-    """Groups of records with their frames [orbits_per_call, v, h, w, 3], read a little ahead."""
+) -> Iterator[tuple[list[orbits.Orbit], np.ndarray, np.ndarray]]:
+    """Groups of records, their frames [orbits_per_call, v, h, w, 3] and the records' small ones.
+
+    Read a little ahead.
+    """
     group, count = config.orbits_per_call, len(source)
 
-    def read(index: int) -> tuple[orbits.Orbit, np.ndarray]:
+    def read(index: int) -> tuple[orbits.Orbit, np.ndarray, np.ndarray]:
         record = source[index]
-        return record, np.stack([png.decode_on_white(frame) for frame in record.frames])
+        frames = np.stack([png.decode_on_white(frame) for frame in record.frames])
+        return record, frames, shrink(frames, config.image_size)
 
     with futures.ThreadPoolExecutor(config.threads) as pool:
         ahead = max(2 * group, config.threads)
@@ -212,9 +211,9 @@ def _decoded(
                 done.append(waiting.popleft().result())
                 if index + ahead < count:
                     waiting.append(pool.submit(read, index + ahead))
-            records, frames = zip(*done, strict=True)
+            records, frames, small = zip(*done, strict=True)
             white = [np.full_like(frames[0], 255)] * (group - len(frames))
-            yield list(records), np.stack([*frames, *white])
+            yield list(records), np.stack([*frames, *white]), np.stack(small)
 
 
 def _digest(key: dict[str, Any]) -> str:
