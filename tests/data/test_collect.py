@@ -70,7 +70,8 @@ def test_megaglest_through_to_a_pack(tmp_path):
     assert [c.name for c in found] == ["megaglest/techs/hut", "megaglest/techs/ox_standing"]
     assert dropped == {"menu": 1, "gore": 1, "grey": 1, "same model": 1}
     collect.write(tmp_path / "o.pack", found[:1], found[1:], CONFIG)
-    hut, ox = pack.load(tmp_path / "o.pack")
+    collection = pack.Collection(tmp_path / "o.pack")
+    hut, ox = (collection.read(number) for number in range(2))
     assert (hut.split, ox.split) == ("train", "heldout")
     assert hut.info["license"] == collect.MEGAGLEST_LICENSE
     assert ox.mesh.base_color[0] == pytest.approx([0.9, 0.1, 0.1, 1.0], abs=0.002)

@@ -1,6 +1,7 @@
 """A packed collection gives back what went in, within the bounds its format states."""
 
 import zipfile
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -45,8 +46,9 @@ def test_round_trip(items, tmp_path):
     path = tmp_path / "o.pack"
     pack.save(path, items, about={"faces": 5})
     assert [p.name for p in tmp_path.iterdir()] == ["o.pack"]
-    assert pack.index(path)["about"] == {"faces": 5}
-    found = pack.load(path)
+    collection = pack.Collection(path)
+    assert collection.about == {"faces": 5}
+    found = [collection.read(number) for number in range(3)]
     assert [(i.name, i.split, i.info) for i in found] == [(i.name, i.split, i.info) for i in items]
     for new, old in zip((i.mesh for i in found), (i.mesh for i in items), strict=True):
         moved = new.vertices[new.faces] - old.vertices[old.faces]
@@ -76,13 +78,17 @@ def test_equal_textures_are_stored_once(items, tmp_path):
     assert len(names) == 2
 
 
-def test_part_of_a_collection(items, tmp_path):
+def test_threads_share_a_collection(items, tmp_path):
     path = tmp_path / "o.pack"
     pack.save(path, items)
-    assert [i.name for i in pack.load(path, split="heldout")] == ["b"]
-    assert [i.name for i in pack.load(path, names=["c", "b"])] == ["b", "c"]
-    with pytest.raises(errors.UserError, match="no object named d"):
-        pack.load(path, names=["d"])
+    collection = pack.Collection(path)
+    alone = [collection.read(number) for number in range(3)]
+    with futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(collection.read, [0, 1, 2] * 8))
+    for place, item in enumerate(together):
+        assert item.name == items[place % 3].name
+        for a, b in zip(item.mesh, alone[place % 3].mesh, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_octahedral_normals():
@@ -119,7 +125,7 @@ def test_damaged_files_are_one_line(items, tmp_path):
     for content in (b"", b"nonsense"):
         path.write_bytes(content)
         with pytest.raises(errors.UserError, match="not a packed object collection"):
-            pack.index(path)
+            pack.Collection(path)
     pack.save(path, items)
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
@@ -127,4 +133,4 @@ def test_damaged_files_are_one_line(items, tmp_path):
     data[start + 60 : start + 90] = bytes(30)
     path.write_bytes(data)
     with pytest.raises(errors.UserError, match="is damaged"):
-        pack.load(path)
+        pack.Collection(path).read(0)

@@ -70,12 +70,12 @@ def _entries(path: Path, name: str) -> list[Entry]:
     if suffix == CATALOGUE:
         return _catalogue(path)
     try:
-        rows = pack.index(path)["objects"]
+        collection = pack.Collection(path)
     except errors.UserError:
         raise errors.UserError(f"{path} is none of: {_kinds()}") from None
     return [
-        Entry(row["name"], row["split"], functools.partial(_packed, path, row["name"]))
-        for row in rows
+        Entry(row["name"], row["split"], functools.partial(_packed, collection, number))
+        for number, row in enumerate(collection.rows)
     ]
 
 
@@ -94,11 +94,11 @@ def _catalogue(path: Path) -> list[Entry]:
     return list(found.values())
 
 
-def _packed(path: Path, name: str) -> surface.Mesh:
+def _packed(collection: pack.Collection, number: int) -> surface.Mesh:
     try:
-        return pack.load(path, names=[name])[0].mesh
+        return collection.read(number).mesh
     except errors.UserError as error:
-        raise objects.UnreadableMesh(name, str(error)) from error
+        raise objects.UnreadableMesh(collection.rows[number]["name"], str(error)) from error
 
 
 def _raise(error: Exception) -> surface.Mesh:

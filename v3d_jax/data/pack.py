@@ -10,7 +10,7 @@ import json
 import lzma
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,44 +78,34 @@ def _write(archive: zipfile.ZipFile, items: Iterable[Item]) -> list[dict]:
     return rows
 
 
-def index(path: Path | str) -> dict:
-    """The collection's `index.json`; raises `UserError` if this is no such file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            table = json.loads(archive.read("index.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise errors.UserError(f"{path} is not a packed object collection ({error})") from error
-    if table.get("format") != FORMAT or table.get("version") != VERSION:
-        raise errors.UserError(f"{path} is not a packed object collection of version {VERSION}")
-    return table
+class Collection:
+    """A collection opened once, whose objects are read one by one, by any number of threads."""
 
+    def __init__(self, path: Path | str):
+        """Reads the index; raises `UserError` if this is no such file."""
+        self.path = path
+        try:
+            self._archive = zipfile.ZipFile(path)
+            table = json.loads(self._archive.read("index.json"))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise errors.UserError(f"{path} is not a packed object collection ({error})") from error
+        if table.get("format") != FORMAT or table.get("version") != VERSION:
+            raise errors.UserError(f"{path} is not a packed object collection of version {VERSION}")
+        self.about: dict = table["about"]
+        self.rows: list[dict] = table["objects"]
 
-def load(
-    path: Path | str, split: str | None = None, names: Sequence[str] | None = None
-) -> list[Item]:
-    """Reads a collection in its order, or one split, or some names; raises `UserError`."""
-    found, cache = [], {}
-    table = index(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for number, row in enumerate(table["objects"]):
-                if split not in (None, row["split"]) or (names and row["name"] not in names):
-                    continue
-                for texture in row["textures"]:
-                    if texture not in cache:
-                        cache[texture] = images.read(archive.read(f"textures/{texture}.webp"))
-                size = row["texture_size"]
-                atlas = np.zeros((len(row["textures"]), size, size, 4), np.uint8)
-                for place, texture in enumerate(row["textures"]):
-                    atlas[place] = cache[texture]
-                mesh = decode(archive.read(f"objects/{number}"), row, atlas)
-                found.append(Item(row["name"], row["split"], mesh, row["info"]))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, lzma.LZMAError) as error:
-        raise errors.UserError(f"{path} is damaged ({error}); fetch it again") from error
-    missing = set(names or ()) - {item.name for item in found}
-    if missing:
-        raise errors.UserError(f"{path} has no object named {sorted(missing)[0]}")
-    return found
+    def read(self, number: int) -> Item:
+        """The object of row `number`; raises `UserError` if it is damaged."""
+        row = self.rows[number]
+        size = row["texture_size"]
+        atlas = np.zeros((len(row["textures"]), size, size, 4), np.uint8)
+        try:
+            for place, texture in enumerate(row["textures"]):
+                atlas[place] = images.read(self._archive.read(f"textures/{texture}.webp"))
+            mesh = decode(self._archive.read(f"objects/{number}"), row, atlas)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, lzma.LZMAError) as error:
+            raise errors.UserError(f"{self.path} is damaged ({error}); fetch it again") from error
+        return Item(row["name"], row["split"], mesh, row["info"])
 
 
 def encode(mesh: surface.Mesh) -> tuple[bytes, dict]:
