@@ -52,6 +52,24 @@ def check(mesh: surface.Mesh):
         assert array.dtype == kind.dtype
 
 
+def test_tint_colours_what_is_grey_and_nothing_else():
+    mesh = plain(color=(0.5, 0.5, 0.5, 1.0))
+    mesh = mesh._replace(
+        base_color=np.float32([[0.5, 0.5, 0.5, 1.0], [0.8, 0.2, 0.2, 1.0], [0.6, 0.6, 0.6, 1.0]]),
+        texture=np.int32([-1, -1, 0]),
+        alpha_cutoff=np.zeros(3, np.float32),
+        atlas=sphere().atlas,
+    )
+    found = [augment.tint(mesh, np.random.default_rng(seed)) for seed in range(8)]
+    for one in found:
+        check(one)
+        np.testing.assert_array_equal(one.base_color[1:], mesh.base_color[1:])
+        assert one.base_color[0, :3].max() == pytest.approx(0.5)
+        assert np.ptp(one.base_color[0, :3]) > 0
+    hues = {tuple(np.argsort(one.base_color[0, :3])) for one in found}
+    assert len(hues) > 2
+
+
 def test_colour_matrix():
     np.testing.assert_allclose(augment.color_matrix(0.0, 1.0, 1.0), np.eye(3), atol=1e-12)
     np.testing.assert_allclose(

@@ -12,6 +12,9 @@ import numpy as np
 from v3d_jax.data import images, parts
 from v3d_jax.mesh import surface
 
+# Channels that differ by less are one grey to the eye.
+GREY = 25 / 255
+
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
@@ -21,6 +24,7 @@ class AugmentConfig:
     material beside it; saturations and gains are factors in [1 / (1 + x), 1 + x].
     """
 
+    tint: float = 0.8
     recolor: float = 0.6
     hue: float = 180.0
     hue_jitter: float = 20.0
@@ -53,6 +57,8 @@ def augment(
         mesh = swap_textures(mesh, lend(rng), rng)
     if lend is not None and rng.random() < config.paint:
         mesh = paint(mesh, lend(rng), rng)
+    if rng.random() < config.tint:
+        mesh = tint(mesh, rng)
     if rng.random() < config.recolor:
         mesh = recolor(mesh, rng, config)
     if rng.random() < config.mirror:
@@ -104,6 +110,16 @@ def recolor(
         changed = np.einsum("nij,nhwj->nhwi", matrices(len(atlas)), atlas[..., :3] / 255.0)
         atlas[..., :3] = np.rint(255.0 * np.clip(changed, 0.0, 1.0))
     return mesh._replace(base_color=base, atlas=atlas)
+
+
+def tint(mesh: surface.Mesh, rng: np.random.Generator) -> surface.Mesh:
+    """Gives grey untextured materials colours of their lightness, out of a palette of three."""
+    base = np.array(mesh.base_color)
+    grey = (mesh.texture < 0) & (np.ptp(base[:, :3], axis=1) < GREY)
+    palette = 1.0 - rng.uniform(0.1, 0.9, (3, 1)) * rng.random((3, 3))
+    palette /= palette.max(axis=1, keepdims=True)
+    base[grey, :3] *= palette[rng.integers(3, size=len(base))][grey]
+    return mesh._replace(base_color=base)
 
 
 def color_matrix(turn: float, saturation: float, gain: float) -> np.ndarray:
