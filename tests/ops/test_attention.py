@@ -108,7 +108,7 @@ def test_tpu_flash_lowers_for_tpu_with_gradients():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 1024, 1024, 5, 64), (3, 257, 257, 4, 80)])
+@pytest.mark.parametrize("shape", [(2, 1024, 1024, 5, 64), (3, 258, 258, 4, 80)])
 def test_cudnn_equals_plain_with_gradients(shape):
     assert_like_plain("cudnn", shape, jnp.bfloat16, tolerance=0.02)
 
@@ -122,6 +122,8 @@ def test_choice_by_platform_and_shape():
         assert attention.choose(autoencoder, 4096, bf16, platform) == "chunked"
     assert attention.choose(level0, 4096, bf16, "gpu") == "cudnn"
     assert attention.choose(level0, 4096, f32, "gpu") == "chunked"
+    # CLIP's class token makes its sequence odd.
+    assert attention.choose((1, 257, 16, 80), 257, bf16, "gpu") == "chunked"
     assert attention.choose(level0, 4096, bf16, "tpu") == "tpu_flash"
     assert attention.choose(level0, 4096, bf16, "cpu") == "chunked"
     assert attention.choose((1, 257, 16, 80), 257, f32, "cpu") == "xla"

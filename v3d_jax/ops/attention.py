@@ -5,7 +5,8 @@ by 1 / sqrt(d), there is no mask, and the softmax is float32 whatever the inputs
 
 - `xla`: scores in memory; the plain twin of the others, and the fastest for short sequences.
 - `chunked`: `xla` over blocks of queries, recomputed in the backward pass: memory linear in `n`.
-- `cudnn`: the fused kernel of NVIDIA GPUs, bfloat16 or float16 and at most 128 channels a head.
+- `cudnn`: the fused kernel of NVIDIA GPUs, bfloat16 or float16, at most 128 channels a head, and
+  even numbers of queries and keys (its backward pass takes no others).
 - `tpu_flash`: the fused Pallas kernel of TPUs. A Mosaic kernel is not partitioned automatically:
   where the batch is sharded, trace under `jax.set_mesh`, and each device runs its own sequences.
 
@@ -67,7 +68,8 @@ def choose(q_shape: tuple[int, ...], num_keys: int, dtype: Any, platform: str) -
         return "xla"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     if platform in ("gpu", "cuda") and half and channels <= _CUDNN_MAX_CHANNELS:
-        return "cudnn" if channels % 8 == 0 else "chunked"
+        fits = channels % 8 == 0 and num_queries % 2 == 0 and num_keys % 2 == 0
+        return "cudnn" if fits else "chunked"
     many = num_queries * num_keys >= _MANY_SCORES
     if platform == "tpu" and many and channels <= _TPU_MAX_CHANNELS:
         return "tpu_flash"
