@@ -1,6 +1,7 @@
 """The mini model's temporal autoencoder, from scratch on renders: 8 x smaller, 4 channels.
 
-Command:  python -m v3d_jax.render MESHES... --out data/orbits --size 256 --views 18 --variants 2
+Command:  python -m v3d_jax.render MESHES... --out data/orbits --views 18 --variants 2
+          (--elevation-jitter 10 besides)
           python -m v3d_jax.train configs/mini_vae.py --data.path data/orbits
 Hardware: one H100
 Hours:    5 minutes after compilation, 110 clips of 6 frames a second

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from v3d_jax.data import images, parts
+from v3d_jax.data import images, parts, selection
 from v3d_jax.mesh import surface
 
 # Channels that differ by less are one grey to the eye.
-GREY = 25 / 255
+GREY = selection.SelectionConfig.min_chroma
 
 
 @dataclasses.dataclass(frozen=True)
