@@ -24,6 +24,7 @@ from v3d_jax.state import OptimConfig
 from v3d_jax.training import autoencoder, objective, video
 from v3d_jax.training.autoencoder import AutoencoderLossConfig
 from v3d_jax.training.objective import DataConfig
+from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.training.video import CachedLatentsConfig, ConditionConfig
 from v3d_jax.weights import settings
 
@@ -58,6 +59,7 @@ class VideoTrainConfig:
     model: GeneratorConfig = MINI
     latents: CachedLatentsConfig = field(default_factory=CachedLatentsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -72,6 +74,7 @@ class VideoTrainConfig:
         return video.build(
             self.model,
             self.loss,
+            self.perceptual,
             self.condition,
             self.sampling,
             self.data,

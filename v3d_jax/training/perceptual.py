@@ -1,0 +1,77 @@
+"""LPIPS of denoised frames: an optional term beside the EDM loss of the video model.
+
+Where there is much noise the squared error is least for the mean of all orbits that fit the input
+view, a blur. LPIPS is not: with it, what is denoised looks like one of them, so fewer steps and
+less guidance are needed. Source: arXiv 2401.00110, with LPIPS for the features of the model itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from v3d_jax import errors
+from v3d_jax.nn import lpips
+from v3d_jax.weights import lpips as lpips_weights
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """`weight` of the term, 0 to leave it out; what it compares.
+
+    Of every clip, `frames` random unseen frames are decoded, each alone, and compared at a
+    `shrink`-th of their width and height.
+    """
+
+    weight: float = 0.0
+    frames: int = 2
+    shrink: int = 2
+    net: Literal["vgg", "alex"] = "vgg"
+
+
+def load(config: PerceptualConfig) -> lpips.LPIPSParams | None:
+    """The network that the settings name, None if they ask for none.
+
+    Raises `UserError` where its weights are not installed: a loss without a term that was asked
+    for would train another model.
+    """
+    if config.weight <= 0.0:
+        return None
+    try:
+        return lpips_weights.load(config.net)
+    except lpips_weights.LPIPSUnavailable as error:
+        raise errors.UserError(f"{error}, or leave out --perceptual.weight") from None
+
+
+def distance(
+    network: lpips.LPIPSParams,
+    decode: Callable[[Array], Array],
+    denoised: Float[Array, "b t h w c"],
+    clean: Float[Array, "b t h w c"],
+    key: Key[Array, ""],
+    config: PerceptualConfig,
+    dtype: Any = jnp.float32,
+) -> Float[Array, ""]:
+    """Mean LPIPS between decoded frames; `decode` takes clips of unscaled latents.
+
+    The frames are the same for all clips; frame 0, the input view, is none of them. LPIPS runs in
+    `dtype`.
+    """
+    frames = 1 + jax.random.permutation(key, denoised.shape[1] - 1)[: config.frames]
+
+    def chosen(latents: Float[Array, "b t h w c"]) -> Float[Array, "n H W 3"]:
+        one_frame_clips = latents[:, frames].reshape(-1, 1, *latents.shape[2:])
+        return _shrink(decode(one_frame_clips)[:, 0], config.shrink)
+
+    images, target = chosen(denoised), jax.lax.stop_gradient(chosen(clean))
+    return jnp.mean(lpips.distance(network, images, target, dtype=dtype))
+
+
+def _shrink(images: Float[Array, "n h w 3"], factor: int) -> Float[Array, "n _ _ 3"]:
+    """Means over squares of `factor` x `factor` pixels."""
+    n, h, w, c = images.shape
+    squares = images.reshape(n, h // factor, factor, w // factor, factor, c)
+    return jnp.mean(squares.astype(jnp.float32), axis=(2, 4))
