@@ -40,8 +40,7 @@ class ColourTrainConfig(config.AutoencoderTrainConfig):
     noise: float = 0.1
 
     def objective(self) -> objective.Objective:
-        source = orbits.source(self.data.path)
-        clips = loader.FrameClips(source)
+        clips = loader.FrameClips(orbits.source(self.data.path[0]))
         batch, _ = objective.preview_batch(self.data, clips, None)
 
         def predict(params, frames):
@@ -75,7 +74,6 @@ class ColourTrainConfig(config.AutoencoderTrainConfig):
             loss=loss,
             frozen={"gain": np.float32(1.0)},
             clips=clips,
-            name=lambda index: source[index].name,
             preview=preview,
             preview_batch=batch,
             heldout=0,
@@ -90,7 +88,7 @@ def settings(data: Path, run: Path, *, optim=None, devices: int = 1, noise: floa
     defaults = {"steps": 8, "log_every": 2, "sample_every": 8, "save_every": 100, "dir": str(run)}
     return dataclasses.replace(
         begun,
-        data=dataclasses.replace(begun.data, path=str(data)),
+        data=dataclasses.replace(begun.data, path=(str(data),)),
         optim=optim or OptimConfig(lr=0.1, warmup=2),
         run=dataclasses.replace(begun.run, **{**defaults, **changes}),
         mesh=dataclasses.replace(begun.mesh, devices=devices),
@@ -287,6 +285,18 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
     assert "none" in message
 
 
+def test_data_sets_are_joined_and_must_agree(data, tmp_path):
+    other = synthetic_orbits.build(tmp_path / "other", train=3, heldout=0)
+    config = objective.DataConfig(path=(str(data), str(other)))
+    assert [len(source) for source in objective.train_sources(config)] == [10, 3]
+    larger = synthetic_orbits.build(tmp_path / "larger", train=1, heldout=0, size=24)
+    config = objective.DataConfig(path=(str(data), str(larger)))
+    with pytest.raises(errors.UserError, match=r"larger has 6 views of 24 pixels, .* 6 of 16: "):
+        objective.train_sources(config)
+    with pytest.raises(errors.UserError, match="no data set is named"):
+        objective.train_sources(objective.DataConfig(path=()))
+
+
 def debug(name: str, data: Path, run: Path, *overrides: str):
     arguments = [str(CONFIGS / f"{name}.py"), "--data.path", str(data), "--run.dir", str(run)]
     return config.load([*arguments, "--mesh.devices", "1", *overrides])
@@ -317,10 +327,12 @@ def test_from_pictures_to_a_model_that_samples(data, tmp_path):
     train.train(debug("debug_vae", data, tmp_path / "vae"))
     overrides = ("--latents.autoencoder", str(tmp_path / "vae" / "model"))
     overrides += ("--latents.folder", str(tmp_path))
+    more = synthetic_orbits.build(tmp_path / "more", train=2, heldout=0)
+    overrides += ("--data.path", str(data), str(more))
     settings = debug("debug", data, tmp_path / "video", *overrides)
     trained = train.train(settings)
-    # Ten orbits and two held out were encoded once.
-    assert len(list(tmp_path.glob("latents-*"))) == 2
+    # Ten orbits, two more and two held out were encoded once.
+    assert len(list(tmp_path.glob("latents-*"))) == 3
     previews = rows(tmp_path / "video" / "previews.csv")
     assert set(previews[0]) == {
         "step",

@@ -76,7 +76,7 @@ def train(settings: config.TrainConfig) -> state.TrainState:
                 start=start,
                 steps=run.steps,
                 batch_size=batch_size,
-                names=objective.name,
+                names=objective.clips.name,
                 rate=rate,
             )
         )

@@ -22,6 +22,9 @@ class Numbers:
     def clip(self, index, order):
         return {"frames": 100 * index + order, "index": np.int32(index)}
 
+    def name(self, index):
+        return f"orbit {index}"
+
 
 def take(clips, count, config=CONFIG, state=None, **shard):
     """The first batches of a stream, and its state after them."""
@@ -131,6 +134,21 @@ def test_only_the_first_frames_can_be_decoded(orbit_folder):
     first, _ = take(loader.FrameClips(source, 2), 2)
     for clips, batch in zip(whole, first, strict=True):
         np.testing.assert_array_equal(batch["frames"], clips["frames"][:, :2])
+
+
+def test_joined_clips_stand_one_behind_the_other(orbit_folder, noise_orbits):
+    parts = [loader.FrameClips(orbits.source(orbit_folder, s)) for s in ("train", "heldout")]
+    joined = loader.JoinedClips(parts)
+    assert len(joined) == 6
+    assert joined.views == 6
+    assert [joined.name(i) for i in range(6)] == [o.name for o in [*noise_orbits, noise_orbits[3]]]
+    order = np.arange(3)
+    for index, (part, place) in enumerate([*((parts[0], i) for i in range(5)), (parts[1], 0)]):
+        clip = joined.clip(index, order)
+        np.testing.assert_array_equal(clip["frames"], part.clip(place, order)["frames"])
+        assert clip["index"] == index
+    with pytest.raises(ValueError, match=r"\[3, 6\] views"):
+        loader.JoinedClips([parts[0], Numbers(views=3)])
 
 
 @pytest.mark.slow

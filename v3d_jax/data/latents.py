@@ -67,6 +67,10 @@ class LatentCache:
             "index": np.int32(index),
         }
 
+    def name(self, index: int) -> str:
+        """The object of orbit `index`."""
+        return self.names[index]
+
 
 def open_or_encode(
     source: orbits.Source,

@@ -6,7 +6,7 @@ stopped goes on exactly where it was, on any number of hosts, threads or worker 
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -44,6 +44,10 @@ class Clips(Protocol):
 
     def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
         """Frames `order` of orbit `index`; the first is the input view."""
+        ...
+
+    def name(self, index: int) -> str:
+        """The object of orbit `index`."""
         ...
 
 
@@ -93,6 +97,39 @@ class FrameClips:
             "frames": np.stack([png.decode_on_white(frames[view]) for view in kept]),
             "index": np.int32(index),
         }
+
+    def name(self, index: int) -> str:
+        """Reads the record for its name."""
+        return self.source[index].name
+
+
+class JoinedClips:
+    """Several sets of clips with the same number of views, one behind the other."""
+
+    def __init__(self, parts: Sequence[Clips]):
+        """Raises ValueError if there is none, or if they differ in their views."""
+        views = {part.views for part in parts}
+        if len(views) != 1:
+            raise ValueError(f"cannot join clips of {sorted(views)} views")
+        self.parts, self.views = list(parts), views.pop()
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
+        """The clip of the part that holds orbit `index`; its "index" counts over all parts."""
+        part, place = self._locate(index)
+        return {**part.clip(place, order), "index": np.int32(index)}
+
+    def name(self, index: int) -> str:
+        """The object of orbit `index`."""
+        part, place = self._locate(index)
+        return part.name(place)
+
+    def _locate(self, index: int) -> tuple[Clips, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[number], int(index) - int(self._ends[number]) + len(self.parts[number])
 
 
 def turn(start: int, num_frames: int, views: int) -> Int[np.ndarray, " t"]:

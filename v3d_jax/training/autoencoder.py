@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from safetensors import numpy as safetensors_numpy
 
 from v3d_jax import errors
-from v3d_jax.data import loader, orbits
+from v3d_jax.data import loader
 from v3d_jax.nn import autoencoder, lpips
 from v3d_jax.ops import image, metrics
 from v3d_jax.state import Metrics, Params
@@ -58,7 +58,9 @@ def build(
 
     Prints one line and goes on without LPIPS where its weights are not installed.
     """
-    source = orbits.source(data.path, data.split)
+    sources = objective.train_sources(data)
+    clips = loader.JoinedClips([loader.FrameClips(one, config.frames) for one in sources])
+    whole = loader.JoinedClips([loader.FrameClips(one) for one in sources])
     heldout = objective.heldout_source(data)
     graphdef = nnx.split(
         nnx.eval_shape(lambda: autoencoder.Autoencoder(model, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -66,8 +68,8 @@ def build(
     perceptual = _perceptual(config)
     if perceptual is None:
         config = dataclasses.replace(config, lpips=0.0)
-    whole = None if heldout is None else loader.FrameClips(heldout)
-    batch, held = objective.preview_batch(data, loader.FrameClips(source), whole)
+    unseen = None if heldout is None else loader.FrameClips(heldout)
+    batch, held = objective.preview_batch(data, whole, unseen)
 
     def init(key: jax.Array) -> Params:
         module = autoencoder.Autoencoder(model, dtype=dtype, rngs=nnx.Rngs(key))
@@ -84,7 +86,7 @@ def build(
 
     def export(path: Path, params: Params, metadata: dict[str, Any], dtype: FloatName) -> None:
         deviation = latent_deviation(
-            nnx.merge(graphdef, params), source, config.scale_orbits, data.loader.num_frames
+            nnx.merge(graphdef, params), whole, config.scale_orbits, data.loader.num_frames
         )
         scaled = dataclasses.replace(model, scale_factor=1.0 / deviation)
         save(path, scaled, params, {**metadata, "latent_deviation": deviation}, dtype)
@@ -94,8 +96,7 @@ def build(
         load=lambda path: load(path)[1],
         loss=loss,
         frozen=perceptual,
-        clips=loader.FrameClips(source, config.frames),
-        name=lambda index: source[index].name,
+        clips=clips,
         preview=preview,
         preview_batch=batch,
         heldout=held,
@@ -144,7 +145,7 @@ def reconstructions(
 
 
 def latent_deviation(
-    model: autoencoder.Autoencoder, source: orbits.Source, count: int, num_frames: int
+    model: autoencoder.Autoencoder, clips: loader.Clips, count: int, num_frames: int
 ) -> float:
     """Standard deviation over all values of the posterior's mode, over `count` orbits.
 
@@ -158,7 +159,6 @@ def latent_deviation(
         mean = nnx.merge(graphdef, params).encode(clip).mean
         return jnp.stack([jnp.mean(mean), jnp.mean(jnp.square(mean))])
 
-    clips = loader.FrameClips(source)
     order = loader.turn(0, num_frames, clips.views)
     chosen = np.unique(np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int))
     found = np.stack([moments(params, clips.clip(int(i), order)["frames"]) for i in chosen])

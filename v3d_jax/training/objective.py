@@ -20,12 +20,14 @@ Preview = Callable[[Params, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax
 
 @dataclass(frozen=True)
 class DataConfig:
-    """An orbit data set, and which of its clips are shown while training.
+    """Orbit data sets, and which of their clips are shown while training.
 
-    `previews` clips of the training split and as many of the held-out split, if there is one.
+    `path` names one data set or several of the same views and size, whose training splits are
+    joined. `previews` clips of the training split and as many of the held-out split of the first
+    data set, if it has one, are shown.
     """
 
-    path: str = "data/orbits"
+    path: tuple[str, ...] = ("data/orbits",)
     split: str = "train"
     heldout: str = "heldout"
     previews: int = 4
@@ -46,18 +48,36 @@ class Objective(NamedTuple):
     loss: Loss
     frozen: Any
     clips: loader.Clips
-    name: Callable[[int], str]
     preview: Preview
     preview_batch: Batch | None
     heldout: int
     export: Callable[[Path, Params, dict[str, Any], folder.FloatName], None]
 
 
+def train_sources(config: DataConfig) -> list[orbits.Source]:
+    """The training split of every data set.
+
+    Raises `UserError` if there is none, or if they differ in the number or the size of views.
+    """
+    sources = [orbits.source(path, config.split) for path in config.path]
+    if not sources:
+        raise errors.UserError("no data set is named: give --data.path")
+    for other in sources[1:]:
+        shapes = [(one.views, one.size) for one in (sources[0], other)]
+        if shapes[0] != shapes[1]:
+            raise errors.UserError(
+                f"{other.path} has {other.views} views of {other.size} pixels, {sources[0].path} "
+                f"{sources[0].views} of {sources[0].size}: data sets must agree"
+            )
+    return sources
+
+
 def heldout_source(config: DataConfig) -> orbits.Source | None:
-    """The held-out split, or None where the data set has none of that name."""
-    if config.heldout not in orbits.splits(config.path):
+    """The held-out split of the first data set, or None where it has none of that name."""
+    path = config.path[0]
+    if config.heldout not in orbits.splits(path):
         return None
-    return orbits.source(config.path, config.heldout)
+    return orbits.source(path, config.heldout)
 
 
 def preview_batch(
@@ -82,4 +102,6 @@ def _order(config: DataConfig, split: loader.Clips) -> np.ndarray:
     try:
         return loader.turn(0, config.loader.num_frames, split.views)
     except ValueError as error:
-        raise errors.UserError(f"{config.path}: {error}: change data.loader.num-frames") from None
+        raise errors.UserError(
+            f"{config.path[0]}: {error}: change data.loader.num-frames"
+        ) from None

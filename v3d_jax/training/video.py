@@ -6,6 +6,7 @@ are computed once, before training. Frame 0 is the input view. What conditions a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from v3d_jax import errors, pipeline
-from v3d_jax.data import latents, orbits
+from v3d_jax.data import latents, loader, orbits
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion import loss as edm
 from v3d_jax.nn import autoencoder as autoencoders
@@ -73,23 +74,22 @@ def build(
     cached: CachedLatentsConfig,
     dtype: Any,
 ) -> objective.Objective:
-    """The objective over the cached latents of an orbit data set; activations are `dtype`.
+    """The objective over the cached latents of orbit data sets; activations are `dtype`.
 
-    The generator takes the autoencoder's settings from its folder. Encodes the data set if its
+    The generator takes the autoencoder's settings from its folder. Encodes every data set whose
     latents are not kept from before.
     """
     autoencoder_config, autoencoder_params = autoencoder.load(Path(cached.autoencoder))
     model = _with_autoencoder(model, autoencoder_config)
-    source, heldout = orbits.source(data.path, data.split), objective.heldout_source(data)
+    sources, heldout = objective.train_sources(data), objective.heldout_source(data)
     encode = _encoder(autoencoder_config, autoencoder_params, dtype)
     # Scaled when they are encoded: no step's program holds the measured scale.
     weights = latents.fingerprint(
         {"params": autoencoder_params, "scale": np.float64(autoencoder_config.scale_factor)}
     )
-    clips, heldout_clips = (
-        None if split is None else _latents(split, encode, weights, cached)
-        for split in (source, heldout)
-    )
+    cache = functools.partial(_latents, encode=encode, weights=weights, cached=cached)
+    clips = loader.JoinedClips([cache(source) for source in sources])
+    heldout_clips = None if heldout is None else cache(heldout)
     settings = pipeline.Settings(model, sampling, activations=jnp.dtype(dtype).name)
 
     preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
@@ -139,7 +139,6 @@ def build(
         loss=loss,
         frozen=frozen,
         clips=clips,
-        name=lambda index: clips.names[index],
         preview=preview,
         preview_batch=preview_batch,
         heldout=held,
