@@ -198,6 +198,14 @@ def test_the_command_says_one_line_and_exits_with_2(tmp_path):
     assert done.stdout == ""
 
 
+def test_procedural_objects_are_rendered_beside_the_meshes(meshes, tmp_path):
+    out = tmp_path / "out"
+    render.main(arguments(meshes, out, "--solids", "2", "--split", "train"))
+    found = {name for name, _ in load(orbits.source(out))}
+    assert {"solid-000000", "solid-000001"} < found
+    assert "plank" in found
+
+
 def test_meshes_without_faces_for_the_renderer_are_padded():
     mesh = surface.from_geometry(np.zeros((3, 3)), np.asarray([[0, 1, 2]]))
     padded = turntable._padded(mesh)

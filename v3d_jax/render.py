@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from v3d_jax import errors
-from v3d_jax.data import finder, objects, orbits, turntable
+from v3d_jax.data import finder, objects, orbits, solids, turntable
 
 _Record = tuple[str, orbits.Orbit]
 
@@ -29,6 +29,8 @@ class RenderArgs:
     out: Path
     """Folder to make; it must not exist."""
     turntable: Annotated[turntable.TurntableConfig, tyro.conf.arg(name="")]
+    solids: int = 0
+    """Procedural objects to render besides, with textures lent from the training meshes."""
     split: Literal["all", "train", "heldout"] = "all"
     """Which objects to render; each goes into the split of its own."""
     heldout: Path | None = None
@@ -41,9 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the command line, renders, and reports what was made and what was left out."""
     args = tyro.cli(RenderArgs, args=argv, prog="python -m v3d_jax.render", description=__doc__)
     config = args.turntable
-    _check(config, args.workers)
+    _check(config, args.workers, args.solids)
     orbits.check_destination(args.out)
     entries = finder.find(args.meshes, _names(args.heldout))
+    entries += solids.entries(args.solids, entries)
     entries = [entry for entry in entries if args.split in ("all", entry.split)]
     if not entries:
         raise errors.UserError(f"none of the objects is in split {args.split!r}")
@@ -71,15 +74,16 @@ def _counted(records: Iterator[_Record], bar: tqdm) -> Iterator[_Record]:
         bar.update(len(orbit.frames))
 
 
-def _check(config: turntable.TurntableConfig, workers: int) -> None:
+def _check(config: turntable.TurntableConfig, workers: int, solid_count: int) -> None:
     least = {"views": 1, "size": 1, "supersample": 1, "variants": 1, "elevation_jitter": 0}
     for name, low in least.items():
         if getattr(config, name) < low:
             raise errors.UserError(f"--{name.replace('_', '-')} must be at least {low}")
     if config.elevation_jitter >= 90:
         raise errors.UserError("--elevation-jitter must be below 90 degrees")
-    if workers < 0:
-        raise errors.UserError("--workers must be at least 0")
+    for name, number in (("workers", workers), ("solids", solid_count)):
+        if number < 0:
+            raise errors.UserError(f"--{name} must be at least 0")
 
 
 def _names(path: Path | None) -> list[str]:

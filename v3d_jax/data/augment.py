@@ -135,7 +135,7 @@ def swap_textures(
     mesh: surface.Mesh, donor: surface.Mesh, rng: np.random.Generator
 ) -> surface.Mesh:
     """Replaces every opaque texture by a random opaque one of `donor`; holes and glass stay."""
-    spare, own = _opaque(donor), _opaque(mesh)
+    spare, own = opaque_textures(donor), opaque_textures(mesh)
     if not len(spare) or not len(own):
         return mesh
     atlas, size = np.array(mesh.atlas), mesh.atlas.shape[-2]
@@ -146,7 +146,7 @@ def swap_textures(
 
 def paint(mesh: surface.Mesh, donor: surface.Mesh, rng: np.random.Generator) -> surface.Mesh:
     """Gives one untextured opaque material a random opaque texture of `donor`, box-projected."""
-    spare = _opaque(donor)
+    spare = opaque_textures(donor)
     plain = np.flatnonzero((mesh.texture < 0) & (mesh.base_color[:, 3] == 1.0))
     plain = np.intersect1d(plain, mesh.material)
     if not len(spare) or not len(plain):
@@ -288,7 +288,7 @@ def _about_z(angle: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.asarray(rows), -1, 0)
 
 
-def _opaque(mesh: surface.Mesh) -> np.ndarray:
+def opaque_textures(mesh: surface.Mesh) -> np.ndarray:
     """Rows of the atlas without any transparency."""
     return np.flatnonzero(mesh.atlas[..., 3].min(axis=(1, 2)) == 255)
 

@@ -9,11 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from v3d_jax import errors
 from v3d_jax.data import catalogue, objects, pack
 from v3d_jax.mesh import surface
 
 CATALOGUE = ".sh3f"
+# Meshes that stay in memory to lend textures and company; a few hundred kB each.
+LENDABLE = 1024
+
+Lend = Callable[[np.random.Generator], surface.Mesh]
 
 
 class Entry(NamedTuple):
@@ -53,6 +59,21 @@ def find(paths: Sequence[Path], heldout: Iterable[str] | None = None) -> list[En
     if not found:
         raise errors.UserError(f"no meshes were named; give files or folders ({_kinds()})")
     return list(found.values())
+
+
+def lender(entries: Sequence[Entry]) -> Lend:
+    """A function that gives a random readable training mesh; there must be one."""
+    training = [entry for entry in entries if entry.split == "train"]
+    load = functools.lru_cache(LENDABLE)(lambda place: training[place].load())
+
+    def lend(rng: np.random.Generator) -> surface.Mesh:
+        while True:
+            try:
+                return load(int(rng.integers(len(training))))
+            except objects.UnreadableMesh:
+                continue
+
+    return lend
 
 
 def _search(folder: Path) -> list[tuple[Path, str]]:

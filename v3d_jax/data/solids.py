@@ -2,12 +2,12 @@
 
 A collection of meshes holds few shapes; these are without number, and what a generator learns of
 how parts move when an object turns holds for every object. After arXiv 2406.09371, which trains on
-such shapes alone. Every solid is a pure function of its number and of the meshes that lend textures.
+such shapes alone. A solid is a pure function of its number and of the meshes that lend textures.
 """
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from v3d_jax.mesh import surface
 OVERLAP = 0.02  # of neighbouring parts, so that none floats
 # Where the next part goes: file axis, side, and how likely.
 _SIDES = ((1, 1, 0.5), (1, -1, 0.2), (0, 1, 0.1), (2, 1, 0.1), (2, -1, 0.1))
+
+_Look = tuple[np.ndarray, np.ndarray | None]  # RGBA, and a texture that it multiplies
 
 
 def entries(count: int, meshes: Sequence[finder.Entry]) -> list[finder.Entry]:
@@ -51,11 +53,11 @@ def solid(name: str, rng: np.random.Generator, lend: finder.Lend | None = None) 
     return parts.assemble(name, dressed)
 
 
-def _looks(rng: np.random.Generator, lend: finder.Lend | None) -> list[Callable[[Part], Part]]:
+def _looks(rng: np.random.Generator, lend: finder.Lend | None) -> list[_Look]:
     """Two to four materials: a colour, or a texture out of a lent mesh."""
     found = []
     for _ in range(int(rng.integers(2, 5))):
-        color = np.append(rng.uniform(0.05, 1.0) * (1 - rng.random() * rng.random(3)), 1.0)
+        color = np.append(rng.uniform(0.2, 1.0) * (1 - rng.random() * rng.random(3)), 1.0)
         texture = None
         if lend is not None and rng.random() < 0.5:
             donor = lend(rng)
@@ -66,7 +68,7 @@ def _looks(rng: np.random.Generator, lend: finder.Lend | None) -> list[Callable[
     return found
 
 
-def _dress(piece: Part, look: tuple, rng: np.random.Generator) -> Part:
+def _dress(piece: Part, look: _Look, rng: np.random.Generator) -> Part:
     color, texture = look
     uv = piece.uv * rng.choice([1.0, 1.0, 2.0])
     return piece._replace(color=color, texture=texture, uv=uv)
@@ -158,7 +160,8 @@ def lathe(
     """
     angle = 2.0 * np.pi * np.arange(sides) / sides
     ring = np.stack([np.cos(angle), np.zeros(sides), np.sin(angle)], axis=-1)
-    vertices = (radius[:, None, None] * ring + height[:, None, None] * [0.0, 1.0, 0.0]).reshape(-1, 3)
+    rings = radius[:, None, None] * ring + height[:, None, None] * [0.0, 1.0, 0.0]
+    vertices = rings.reshape(-1, 3)
     row, column = np.meshgrid(np.arange(len(radius) - 1), np.arange(sides), indexing="ij")
     row, column = row.reshape(-1), column.reshape(-1)
     after = (column + 1) % sides

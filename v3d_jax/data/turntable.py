@@ -32,11 +32,8 @@ MATERIALS = (512,)
 TEXTURES = (8, 64)
 # (view, face) pairs of one pass: bounds the renderer's memory, whatever the mesh.
 PAIRS_PER_PASS = 1 << 21
-# Meshes that stay in memory to be lent to augmented copies; a few hundred kB each.
-LENDABLE = 1024
 
 _T = TypeVar("_T")
-Lend = Callable[[np.random.Generator], surface.Mesh]
 
 
 @dataclass(frozen=True)
@@ -141,26 +138,11 @@ def _jobs(
     entries: Sequence[finder.Entry], config: TurntableConfig, pool: futures.Executor
 ) -> Iterator[_Job]:
     """Starts reading an object, and preparing its variants, when its first one is asked for."""
-    lend = _lender(entries)
+    lend = finder.lender(entries)
     for entry in entries:
         mesh = pool.submit(entry.load)
         for variant in range(_variants(entry, config)):
             yield _Job(entry, variant, pool.submit(_scene, mesh, entry, variant, config, lend))
-
-
-def _lender(entries: Sequence[finder.Entry]) -> Lend:
-    """A function that gives a random readable training mesh; there must be one."""
-    training = [entry for entry in entries if entry.split == "train"]
-    load = functools.lru_cache(LENDABLE)(lambda place: training[place].load())
-
-    def lend(rng: np.random.Generator) -> surface.Mesh:
-        while True:
-            try:
-                return load(int(rng.integers(len(training))))
-            except objects.UnreadableMesh:
-                continue
-
-    return lend
 
 
 def _scene(
@@ -168,7 +150,7 @@ def _scene(
     entry: finder.Entry,
     variant: int,
     config: TurntableConfig,
-    lend: Lend,
+    lend: finder.Lend,
 ) -> _Scene:
     """Draws an orbit's choices, pads its mesh and counts what the rasterizer needs."""
     mesh = reading.result()
