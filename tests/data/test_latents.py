@@ -84,6 +84,18 @@ def test_a_saved_cache_is_read_and_not_encoded_again(source, cache, tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(cache, name))
 
 
+def test_two_processes_may_encode_the_same(source, cache, tmp_path):
+    """The one that is done later keeps the other's folder, and leaves nothing beside it."""
+    path = tmp_path / "latents"
+    latents.write(path, cache, {"made": "first"})
+    latents.write(path, cache, {"made": "second"})
+    assert latents.load(path, {"made": "first"}).names == cache.names
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.UserError, match="cannot write"):
+        latents.write(tmp_path / "file" / "latents", cache, {})
+
+
 def test_other_weights_data_or_sizes_are_encoded_anew(source, orbit_folder, tmp_path):
     def made(source, weights, config):
         encode = Encoder()

@@ -162,7 +162,10 @@ def fingerprint(params: Any) -> str:
 
 
 def write(path: Path, cache: LatentCache, key: dict[str, Any]) -> None:
-    """Saves a cache as a folder of .npy files, aside first; `key` says what it was made from."""
+    """Saves a cache as a folder of .npy files, aside first; `key` says what it was made from.
+
+    Where another process has saved the same meanwhile, its folder stays.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
@@ -171,6 +174,8 @@ def write(path: Path, cache: LatentCache, key: dict[str, Any]) -> None:
         (aside / "key.json").write_text(json.dumps({"key": key, "names": cache.names}))
         aside.rename(path)
     except OSError as error:
+        if path.is_dir():
+            return
         raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
