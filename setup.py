@@ -44,7 +44,14 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "matting": ["rembg[cpu]>=2.0.60"],
         "test": TEST,
-        "parity": [*TEST, "torch>=2.4", "diffusers>=0.32", "transformers>=4.48", "lpips>=0.1.4"],
+        "parity": [
+            *TEST,
+            "torch>=2.4",
+            "diffusers>=0.32",
+            "transformers>=4.48",
+            "lpips>=0.1.4",
+            "pycolmap>=3.12",
+        ],
         "dev": [*TEST, "ruff==0.17.6", "pyright>=1.1.400"],
     },
     entry_points={

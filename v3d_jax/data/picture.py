@@ -32,14 +32,16 @@ class Picture(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read(source: str | os.PathLike | Image.Image) -> Picture:
+def read(source: str | os.PathLike | Image.Image, *, as_stored: bool = False) -> Picture:
     """Reads a picture file, or takes an opened Pillow image; sides of at most `WORKING_SIDE`.
 
+    `as_stored` is for views with known cameras, whose pixels must stay where they are: not turned
+    by EXIF (no camera file counts that in), not shrunk, and transparent everywhere if they are so.
     Raises `UserError` for a missing, empty, unreadable, truncated, too small or too large picture,
     and for one that is transparent everywhere.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, "the picture")
+        return _decode(source, "the picture", as_stored)
     path = Path(source)
     name = str(path)
     if path.is_dir():
@@ -49,7 +51,7 @@ def read(source: str | os.PathLike | Image.Image) -> Picture:
             if not path.stat().st_size:
                 raise UserError(f"{name} is empty (0 bytes)")
             with _quiet(), Image.open(file) as image:
-                return _decode(image, name)
+                return _decode(image, name, as_stored)
     except FileNotFoundError:
         raise UserError(f"{name} does not exist: check the path") from None
     except Image.UnidentifiedImageError:
@@ -62,7 +64,18 @@ def read(source: str | os.PathLike | Image.Image) -> Picture:
         raise UserError(f"{name} is damaged and cannot be decoded ({_first(error)})") from None
 
 
-def _decode(image: Image.Image, name: str) -> Picture:
+def shrunk(image: Image.Image, side: int = WORKING_SIDE) -> Image.Image:
+    """At most `side` a side, by averaging; modes that cannot be averaged are converted."""
+    factor = max(image.size) / side
+    if factor <= 1.0:
+        return image
+    if image.mode in ("1", "P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    size = tuple(max(1, round(length / factor)) for length in image.size)
+    return image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
+
+
+def _decode(image: Image.Image, name: str, as_stored: bool) -> Picture:
     """Checks the size from the header, then decodes the first frame and normalises its mode."""
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -76,10 +89,13 @@ def _decode(image: Image.Image, name: str) -> Picture:
         notes.append(f"{name} has several frames: the first one is used")
     try:
         with _quiet():
-            # JPEGs decode at a fraction of their size when much less is needed.
-            image.draft(None, (WORKING_SIDE, WORKING_SIDE))
-            image.load()
-            rgba = _to_rgba(_shrunk(_eight_bit(ImageOps.exif_transpose(image), name)))
+            if as_stored:
+                rgba = _to_rgba(_eight_bit(image, name))
+            else:
+                # JPEGs decode at a fraction of their size when much less is needed.
+                image.draft(None, (WORKING_SIDE, WORKING_SIDE))
+                image.load()
+                rgba = _to_rgba(shrunk(_eight_bit(ImageOps.exif_transpose(image), name)))
     except UserError:
         raise
     except Exception as error:
@@ -87,7 +103,7 @@ def _decode(image: Image.Image, name: str) -> Picture:
         raise UserError(f"{name} is damaged and cannot be decoded ({_first(error)})") from None
     pixels = np.asarray(rgba)
     alpha = pixels[..., 3]
-    if alpha.max() == 0:
+    if alpha.max() == 0 and not as_stored:
         raise UserError(f"{name} is transparent everywhere: there is no object in it")
     return Picture(pixels[..., :3], None if alpha.min() == 255 else alpha, tuple(notes))
 
@@ -101,17 +117,6 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"{name} has 32-bit pixels: save it as 8-bit PNG or JPEG")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-
-
-def _shrunk(image: Image.Image) -> Image.Image:
-    """At most `WORKING_SIDE` a side, by averaging; modes that cannot be averaged are converted."""
-    factor = max(image.size) / WORKING_SIDE
-    if factor <= 1.0:
-        return image
-    if image.mode in ("1", "P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    size = tuple(max(1, round(side / factor)) for side in image.size)
-    return image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
 
 
 def _to_rgba(image: Image.Image) -> Image.Image:
