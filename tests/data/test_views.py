@@ -258,6 +258,16 @@ def test_truncated_video(result, tmp_path, part):
     refused(path, "torn.mp4 is damaged", "truncated")
 
 
+def test_video_that_ends_between_two_frames(result, tmp_path):
+    """What is there decodes without an error, so only the file's own sizes tell."""
+    data = (result[0] / "orbit.mp4").read_bytes()
+    table = data.index(b"stsz") + 12  # the number of frames, then their sizes
+    sizes = np.frombuffer(data[table : table + 28], ">u4")[1:]
+    path = tmp_path / "torn.mp4"
+    path.write_bytes(data[: data.index(b"mdat") + 4 + int(sizes[:4].sum())])
+    refused(path, "torn.mp4 is damaged", "it is truncated")
+
+
 def test_video_that_is_none(result, tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"")

@@ -83,6 +83,21 @@ def test_points_are_spread_by_area(solids, lenses):
     np.testing.assert_allclose((diagonal < 0.7).mean(), (even < 0.7).mean(), atol=0.03)
 
 
+def test_slanted_faces_get_their_share():
+    """A square prism on its edge, |x| + |z| <= 0.6 and |y| <= 0.4, whose distances are known."""
+    size, voxel = 48, 1.5 / 48
+    steps = (np.arange(size) + 0.5) * voxel - 0.75
+    x, y, z = np.meshgrid(steps, steps, steps, indexing="ij")
+    distance = np.minimum((0.6 - abs(x) - abs(z)) / 2**0.5, 0.4 - abs(y))
+    one, none = jnp.float32(voxel), jnp.zeros(2, bool)
+    corner = jnp.full(3, -0.75)
+    hull = carve.Hull(jnp.asarray(distance, jnp.float32), corner, one, one, none, none)
+    normals = np.asarray(sample(jax.random.key(0), hull, count=20000)[1])
+    caps = (np.abs(normals[:, 1]) > 0.9).mean()
+    slanted, flat = 4 * (0.6 * 2**0.5) * 0.8, 2 * (2 * 0.6**2)
+    np.testing.assert_allclose(caps, flat / (flat + slanted), atol=0.03)
+
+
 def test_points_do_not_repeat(solids, lenses):
     hull = hull_of(solids["two boxes"].masks, lenses, config=CONFIG)
     count = 4 * int(carve.surface(hull).sum())  # several a voxel

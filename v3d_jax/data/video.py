@@ -57,7 +57,7 @@ def _ppm(stream: IO[bytes]) -> UInt8[np.ndarray, "h w 3"] | None:
 def _check_boxes(path: Path) -> None:
     """Walks the boxes that an mp4 consists of (ISO/IEC 14496-12): they end where the file ends.
 
-    ffmpeg plays what is there of a truncated file without a word.
+    ffmpeg plays a file that is cut off between two frames without a word.
     """
     try:
         length = path.stat().st_size
