@@ -6,6 +6,7 @@ returned so that the caller can report it. Nothing searches: offsets come from c
 one scatter, and sorts take one uint32 key, which is what a GPU sorts by radix.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -66,6 +67,82 @@ def group_offsets(
     """
     histogram = jnp.zeros(num_groups, jnp.int32).at[groups].add(1, mode="drop")
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(histogram)])
+
+
+def sorted_offsets(groups: UInt32[Array, "n"], num_groups: int) -> Int32[Array, "g"]:
+    """`group_offsets` of groups that are sorted already, without an atomic a slot.
+
+    Every slot that begins a group writes its position; groups with no slots take the next one's.
+    """
+    n = groups.shape[0]
+    slot = jnp.arange(n, dtype=jnp.int32)
+    before = jnp.concatenate([jnp.full(1, num_groups, jnp.uint32), groups[:-1]])
+    begins = (groups != before) & (groups < num_groups)
+    num_slots = jnp.sum(groups < num_groups, dtype=jnp.int32)
+    # Dropped writes go to distinct places too: then no two meet and the scatter needs no atomics.
+    target = jnp.where(begins, groups.astype(jnp.int32), num_groups + 1 + slot)
+    first = jnp.full(num_groups + 1, n, jnp.int32)
+    first = first.at[target].set(slot, mode="drop", unique_indices=True)
+    return lax.cummin(first.at[num_groups].set(num_slots), reverse=True)
+
+
+def compact(mask: Bool[Array, "n"]) -> tuple[Int32[Array, "n"], Int32[Array, "m"]]:
+    """Indices where `mask` holds, in order and then 0; and how many lie before each index [n + 1]."""
+    n = mask.shape[0]
+    rank = jnp.cumsum(mask.astype(jnp.int32))
+    index = jnp.arange(n, dtype=jnp.int32)
+    target = jnp.where(mask, rank - 1, n + index)
+    kept = jnp.zeros(n, jnp.int32).at[target].set(index, mode="drop", unique_indices=True)
+    return kept, jnp.concatenate([jnp.zeros(1, jnp.int32), rank])
+
+
+def run_sums(
+    values: Float[Array, "n *d"], start: Int32[Array, "r"], end: Int32[Array, "r"], longest: int
+) -> Float[Array, "r *d"]:
+    """Sum of values[start:end] for every run of at most `longest` entries.
+
+    A segment tree: sums of aligned blocks of 1, 2, 4 ... entries, of which a run takes at most two
+    of a size. The order of additions is fixed (bitwise repeatable, no atomics) and nothing is
+    subtracted (no cancellation, unlike differences of a running sum).
+    """
+    total = jnp.zeros((start.shape[0], *values.shape[1:]), values.dtype)
+
+    def taken(index: Array, take: Array) -> Array:
+        rows = values[jnp.where(take, index, 0)]
+        return jnp.where(take.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0.0)
+
+    end = jnp.maximum(start, end)
+    for level in range(longest.bit_length()):
+        if level:
+            odd = values.shape[0] % 2
+            values = jnp.pad(values, [(0, odd)] + [(0, 0)] * (values.ndim - 1))
+            values = values[0::2] + values[1::2]
+        take_first = (start < end) & (start % 2 == 1)
+        total = total + taken(start, take_first)
+        start = start + take_first
+        take_last = (start < end) & (end % 2 == 1)
+        total = total + taken(end - 1, take_last)
+        start, end = start // 2, (end - take_last) // 2
+    return total
+
+
+def run_scan(
+    combine: Callable[[Array, Array], Array],
+    values: Float[Array, "n p"],
+    head: Bool[Array, "n"],
+    *,
+    reverse: bool = False,
+) -> Float[Array, "n p"]:
+    """Inclusive scan down every column that starts anew at each `head` (in reverse: at each last).
+
+    `combine` is associative; the order of its applications is fixed.
+    """
+
+    def step(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        (lv, lh), (rv, rh) = left, right
+        return jnp.where(rh, rv, combine(lv, rv)), lh | rh
+
+    return lax.associative_scan(step, (values, head[:, None]), reverse=reverse, axis=0)[0]
 
 
 def sort_by_key(key: UInt32[Array, "n"], *values: Array) -> tuple[Array, ...]:

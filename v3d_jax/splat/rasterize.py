@@ -1,0 +1,140 @@
+"""Rasterizing 3D Gaussians for a batch of views: projection, binning, compositing.
+
+The semantics are gsplat's: 0.3 px^2 of blur, contributions below 1/255 dropped, alpha capped at
+0.99, and a pixel finished before its transmittance would fall to 1e-4. The slow twin is `dense`.
+Everything has a static shape; one number, the capacity in slots (tile, Gaussian), is chosen by
+the caller, and a result says whether it was enough.
+
+All of it is plain XLA and runs on CPU, GPU and TPU (benchmarks/splat_raster.py).
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from v3d_jax.ops import binning
+from v3d_jax.ops import camera as cameras
+from v3d_jax.ops.camera import Camera
+from v3d_jax.splat import gaussians as splats
+from v3d_jax.splat.bin import TILE, Bins, bin_splats, grid
+from v3d_jax.splat.composite import Layout, composite
+from v3d_jax.splat.gaussians import Gaussians
+from v3d_jax.splat.project import NEAR, Projection, project
+
+DEPTH_FLOOR = 1e-10  # of the alpha that an expected depth is divided by
+
+
+@dataclass(frozen=True)
+class RasterConfig:
+    """Sizes of a rasterization: all of them are static in the compiled program."""
+
+    width: int = 512  # pixels
+    height: int = 512
+    slots: int = 1 << 20  # capacity: (tile, Gaussian), all views together
+    near: float = NEAR  # world units
+    block: int = 1 << 16  # chunks of 16 splats computed at a time: 8 KiB each in the gradient
+    unroll: bool | None = None  # chains of 16 splats in one kernel; None: on NVIDIA
+
+
+class Render(NamedTuple):
+    """Views of a set of Gaussians; `i` views of `h` x `w` pixels."""
+
+    color: Float[Array, "i h w 3"]  # over the background
+    alpha: Float[Array, "i h w"]
+    depth: Float[Array, "i h w"]  # expected camera z, world units; 0 where alpha is 0
+    slots: Int32[Array, ""]  # capacity needed; above the configured one, Gaussians are missing
+
+    def overflow(self, config: RasterConfig) -> Bool[Array, ""]:
+        """Whether the capacity was too small, so that the farthest Gaussians are missing."""
+        return self.slots > config.slots
+
+
+def rasterize(
+    gaussians: Gaussians,
+    camera: Camera,
+    config: RasterConfig,
+    background: Float[Array, "3"] | None = None,
+) -> Render:
+    """Colour, alpha and expected depth of a batch of views [i]; no background is black.
+
+    Differentiable in every field of the Gaussians and in the background, not in the cameras' part
+    of visibility; gradients are the same to the bit in every run. Colours follow the direction from
+    the camera (`gaussians.color`). The cameras' own width and height are not read.
+    """
+    projection = project_gaussians(gaussians, camera, config)
+    shown = splats.color(gaussians.sh, gaussians.means, cameras.position(camera))
+    log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
+    bins = bin_gaussians(gaussians, projection, config)
+    rows, columns = grid(config.width, config.height)
+    p = projection
+    fields = [p.mean_x, p.mean_y, 0.5 * p.conic_xx, p.conic_xy, 0.5 * p.conic_yy]
+    fields += [jnp.broadcast_to(log_opacity, p.depth.shape)]
+    fields += [*(shown[..., i] for i in range(3)), p.depth]
+    features = jnp.stack([field.reshape(-1) for field in fields], axis=1)
+    layout = Layout(rows, columns, _block(config, camera), config.unroll)
+    channels, left = composite(layout, features, bins)
+    image = _to_image(jnp.concatenate([channels, left[None]]), config)
+    color, depth, left = image[..., :3], image[..., 3], image[..., 4]
+    alpha = 1.0 - left
+    if background is not None:
+        color = color + left[..., None] * background[None, None, None]
+    return Render(color, alpha, depth / jnp.maximum(alpha, DEPTH_FLOOR), bins.total)
+
+
+def project_gaussians(gaussians: Gaussians, camera: Camera, config: RasterConfig) -> Projection:
+    """The first stage of `rasterize`: Gaussians on the screens of all views."""
+    return project(
+        gaussians.means,
+        gaussians.rotations,
+        gaussians.scales,
+        camera,
+        width=config.width,
+        height=config.height,
+        near=config.near,
+    )
+
+
+def bin_gaussians(gaussians: Gaussians, projection: Projection, config: RasterConfig) -> Bins:
+    """The second stage of `rasterize`, which has no gradient: slots of all tiles, by depth."""
+    log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
+    fixed = lax.stop_gradient((projection, log_opacity))
+    return bin_splats(*fixed, (config.width, config.height), config.slots)
+
+
+def rasterize_growing(
+    gaussians: Gaussians,
+    camera: Camera,
+    config: RasterConfig,
+    background: Float[Array, "3"] | None = None,
+) -> tuple[Render, RasterConfig]:
+    """`rasterize`, again with a larger capacity if it was too small; and the configuration used.
+
+    Reads a result on the host, so it belongs outside compiled code. One retry always suffices: the
+    first try counts what is needed.
+    """
+    draw = jax.jit(rasterize, static_argnums=2)
+    result = draw(gaussians, camera, config, background)
+    if bool(result.overflow(config)):
+        config = replace(config, slots=binning.next_size(result.slots, slack=1.1, steps=8))
+        result = draw(gaussians, camera, config, background)
+    return result, config
+
+
+def _block(config: RasterConfig, camera: Camera) -> int:
+    """Chunks a block, no more than there can be."""
+    rows, columns = grid(config.width, config.height)
+    most = config.slots // 16 + camera.intrinsics.shape[0] * rows * columns
+    return min(config.block, most)
+
+
+def _to_image(tiles: Float[Array, "d g p"], config: RasterConfig) -> Float[Array, "i h w d"]:
+    """Channels of tiles as images with the channels last."""
+    rows, columns = grid(config.width, config.height)
+    image = tiles.reshape(tiles.shape[0], -1, rows, columns, TILE, TILE)
+    image = image.transpose(1, 2, 4, 3, 5, 0)
+    image = image.reshape(-1, rows * TILE, columns * TILE, tiles.shape[0])
+    return image[:, : config.height, : config.width]
