@@ -87,7 +87,7 @@ def sorted_offsets(groups: UInt32[Array, "n"], num_groups: int) -> Int32[Array, 
 
 
 def compact(mask: Bool[Array, "n"]) -> tuple[Int32[Array, "n"], Int32[Array, "m"]]:
-    """Indices where `mask` holds, in order and then 0; and how many lie before each index [n + 1]."""
+    """Indices where `mask` holds, in order and then 0; how many lie before each index [n + 1]."""
     n = mask.shape[0]
     rank = jnp.cumsum(mask.astype(jnp.int32))
     index = jnp.arange(n, dtype=jnp.int32)

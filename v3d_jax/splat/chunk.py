@@ -18,7 +18,6 @@ would cross the line out.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,10 +50,13 @@ class Composite(NamedTuple):
 
 def per_platform(run: Callable[..., Any], unroll: bool | None, *arrays: Any) -> Any:
     """run(unroll, *arrays), where None unrolls on NVIDIA only."""
-    if unroll is not None:
-        return run(unroll, *arrays)
-    unrolled, scanned = functools.partial(run, True), functools.partial(run, False)
-    return lax.platform_dependent(*arrays, cuda=unrolled, default=scanned)
+    if unroll is None:
+        unrolled, scanned = functools.partial(run, True), functools.partial(run, False)
+        result = lax.platform_dependent(*arrays, cuda=unrolled, default=scanned)
+    else:
+        result = run(unroll, *arrays)
+    # A chain that is fused with whatever takes its result is split, or computed twice.
+    return lax.optimization_barrier(result)
 
 
 def features(
@@ -66,8 +68,10 @@ def features(
         rows = table[chunk].reshape(-1, CHUNK, size)
         return list(jnp.moveaxis(rows, 0, 2)[..., None].swapaxes(0, 1))  # f times [k, c, 1]
     flat = table.reshape(-1)
-    # unsigned, because negative indices would count from the end: a select for every feature
+    # Unsigned, because negative indices would count from the end: a select for every feature.
+    # The barrier hides how the number came about, which is simplified anew for every feature.
     start = chunk.astype(jnp.uint32) * jnp.uint32(CHUNK * size)
+    start = lax.optimization_barrier(start)
     start = jnp.broadcast_to(start[:, None, None], (chunk.shape[0], PIXELS, 1))
     numbers = lax.GatherDimensionNumbers((), (0,), (0,))
 
@@ -116,14 +120,18 @@ def alpha(splat: Splat) -> tuple[Float[Array, "c p"], Float[Array, "c p"]]:
 
 def pass_through(
     unroll: bool, channels: int, table: Float[Array, "a b"], chunk: Int32[Array, "c"]
-) -> Float[Array, "c p"]:
-    """Product of 1 - alpha over the splats of a chunk."""
+) -> tuple[Float[Array, "c p"], Float[Array, "c p"]]:
+    """Products of 1 - alpha over every other splat of a chunk; multiplied, over all of them.
 
-    def step(t: Array, splat: Splat) -> tuple[Array, None]:
-        return t * (1.0 - alpha(splat)[0]), None
+    Two results, because XLA cuts a chain in pieces that ends in only one.
+    """
+
+    def step(state: tuple[Array, Array], splat: Splat) -> tuple[tuple[Array, Array], None]:
+        other, t = state
+        return (t, other * (1.0 - alpha(splat)[0])), None
 
     start = jnp.ones((chunk.shape[0], PIXELS), table.dtype)
-    return each(step, start, features(unroll, table, chunk, channels), unroll)[0]
+    return each(step, (start, start), features(unroll, table, chunk, channels), unroll)[0]
 
 
 def composite(

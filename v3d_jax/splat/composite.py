@@ -193,10 +193,10 @@ def _transmittance(layout: Layout, channels: int, cut: _Chunks) -> Float[Array, 
 
     def one_block(at: Array, into: Array) -> Array:
         index = at + jnp.arange(layout.block, dtype=jnp.int32)
-        part = chunks.per_platform(
+        even, odd = chunks.per_platform(
             functools.partial(_pass_block, channels), layout.unroll, cut.table, index
         )
-        return _put(into, part, at)
+        return _put(into, even * odd, at)
 
     through = jnp.ones((cut.table.shape[0], PIXELS), cut.table.dtype)
     through = _loop(one_block, cut.total, layout.block, through)
@@ -204,7 +204,7 @@ def _transmittance(layout: Layout, channels: int, cut: _Chunks) -> Float[Array, 
     return jnp.where(cut.first[:, None], 1.0, jnp.roll(through, 1, axis=0))
 
 
-def _pass_block(channels: int, unroll: bool, *arrays: Array) -> Array:
+def _pass_block(channels: int, unroll: bool, *arrays: Array) -> tuple[Array, Array]:
     return chunks.pass_through(unroll, channels, *arrays)
 
 

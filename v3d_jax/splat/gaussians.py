@@ -176,7 +176,7 @@ def _read_vertices(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: vertices must come first")
     count = int(lines[elements[0]][2])
     fields = []
-    for line in lines[elements[0] : (elements + [len(lines)])[1]]:
+    for line in lines[elements[0] : [*elements, len(lines)][1]]:
         if line[:1] == ["property"]:
             if line[1] not in _PLY_TYPES:
                 raise UserError(f"{path}: property type {line[1]} of a vertex is not read")
