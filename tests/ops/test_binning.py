@@ -109,3 +109,60 @@ def test_next_size_is_close_above(steps):
     sizes = {binning.next_size(n, steps=steps) for n in range(1025, 2049)}
     assert len(sizes) == steps
     assert binning.next_size(100, slack=1.5) >= 150
+
+
+def test_offsets_of_sorted_groups_with_empty_ones():
+    rng = np.random.default_rng(4)
+    for count in (300, 5):
+        groups = np.sort(rng.integers(0, 40, count)).astype(np.uint32)  # 35 and above are left out
+        offsets = jax.jit(binning.sorted_offsets, static_argnums=1)(jnp.asarray(groups), 35)
+        np.testing.assert_array_equal(offsets, np.searchsorted(groups, np.arange(36)))
+    none = binning.sorted_offsets(jnp.full(4, 9, jnp.uint32), 3)
+    np.testing.assert_array_equal(none, [0, 0, 0, 0])
+
+
+def test_compact_keeps_order():
+    mask = np.random.default_rng(5).random(100) < 0.3
+    index, before = binning.compact(jnp.asarray(mask))
+    np.testing.assert_array_equal(index[: mask.sum()], np.flatnonzero(mask))
+    np.testing.assert_array_equal(index[mask.sum() :], 0)
+    np.testing.assert_array_equal(before, np.concatenate([[0], np.cumsum(mask)]))
+
+
+@pytest.mark.parametrize("size", [1, 37, 256])
+def test_run_sums_of_any_runs(size):
+    rng = np.random.default_rng(size)
+    values = rng.normal(size=(size, 3)).astype(np.float32)
+    ends = np.sort(rng.integers(0, size + 1, (2, 60)), axis=0).astype(np.int32)
+    ends[:, 0] = 0, size  # everything
+    ends[:, 1] = size, 0  # negative: empty
+    values[0] = 1e20 if size == 37 else values[0]  # a running sum would lose all that follows
+    got = binning.run_sums(jnp.asarray(values), *jnp.asarray(ends), size)
+    expected = [values[a:b].astype(np.float64).sum(0) for a, b in ends.T]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    flat = binning.run_sums(jnp.asarray(values[:, 0]), *jnp.asarray(ends), size)
+    np.testing.assert_array_equal(flat, got[:, 0])
+
+
+def test_run_sums_reach_exactly_as_far_as_the_longest():
+    values, zero = jnp.ones(1024), jnp.zeros(64, jnp.int32)
+    for longest in (1, 2, 3, 7, 8, 9, 100):
+        starts = zero + jnp.arange(64, dtype=jnp.int32)
+        got = binning.run_sums(values, starts, starts + longest, longest)
+        np.testing.assert_array_equal(got, float(longest))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_run_scan_starts_anew(reverse):
+    rng = np.random.default_rng(6)
+    values = rng.uniform(0.5, 1.5, (50, 4)).astype(np.float32)
+    head = rng.random(50) < 0.2
+    got = binning.run_scan(jnp.multiply, jnp.asarray(values), jnp.asarray(head), reverse=reverse)
+    expected = values.astype(np.float64)
+    order = range(49, -1, -1) if reverse else range(50)
+    last = None
+    for i in order:
+        if last is not None and not head[i]:
+            expected[i] *= expected[last]
+        last = i
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

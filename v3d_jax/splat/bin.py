@@ -24,6 +24,7 @@ LOG_ALPHA_MIN = math.log(ALPHA_MIN)
 EXTENT = 3.33  # standard deviations; just beyond the cut at opacity 1
 MARGIN = 1e-3  # pixels added around boxes, above the rounding of float32 positions
 ROUNDING = 1e-6  # bound of float32 errors of a quadratic form, relative to its positive terms
+STRETCH = 4e-7  # of float32 rounding of a conic on its variance, over 1 - correlation^2
 CULLED = 0xFFFFFFFF
 
 
@@ -111,8 +112,13 @@ def bin_splats(
     p = Projection(*(field[order] for field in flat))
     distance, visible, view = distance[order], visible[order], order // num_gaussians
     spread = jnp.sqrt(jnp.maximum(distance, 0.0))
-    first_x, count_x = tile_range(p.mean_x, spread * jnp.sqrt(p.variance_x), size[0])
-    first_y, count_y = tile_range(p.mean_y, spread * jnp.sqrt(p.variance_y), size[1])
+    # variance * conic = 1 / (1 - correlation^2): in a needle, a conic's last bit moves the tip.
+    half_x, half_y = (
+        spread * jnp.sqrt(variance * (1.0 + STRETCH * variance * conic))
+        for variance, conic in ((p.variance_x, p.conic_xx), (p.variance_y, p.conic_yy))
+    )
+    first_x, count_x = tile_range(p.mean_x, half_x, size[0])
+    first_y, count_y = tile_range(p.mean_y, half_y, size[1])
     finite = jnp.isfinite(p.mean_x + p.mean_y + p.variance_x + p.variance_y)
     count = jnp.where(visible & finite, count_x * count_y, 0)
     runs = binning.expand(count, capacity)

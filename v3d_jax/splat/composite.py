@@ -79,24 +79,23 @@ def _forward(layout: Layout, features: Array, bins: Bins) -> tuple[Any, Any]:
     live = _find_live(cut, start)
     start = start[live.chunk]
 
-    def one_block(at: Array, into: chunks.Composite) -> chunks.Composite:
+    def one_block(at: Array, into: Array) -> Array:
         index = _rows(live.chunk, at, layout.block)
         part = chunks.per_platform(
             functools.partial(_composite_block, channels),
             layout.unroll,
             *(cut.table, index, _rows(start, at, layout.block), cut.last[index]),
         )
-        return jax.tree.map(lambda all, new: _put(all, new, at), into, part)
+        for d, plane in enumerate((*part.channels, part.left)):
+            into = lax.dynamic_update_slice(into, plane[None], (jnp.int32(d), at, jnp.int32(0)))
+        return into
 
-    zero = jnp.zeros_like(start)
-    parts = _loop(one_block, live.count, layout.block, chunks.Composite((zero,) * channels, zero))
-    longest = start.shape[0]
+    parts = jnp.zeros((channels + 1, *start.shape), start.dtype)
+    parts = _loop(one_block, live.count, layout.block, parts)
     begin, end = live.offsets[:-1], live.offsets[1:]
-    *sums, left = (
-        binning.run_sums(part, begin, end, longest) for part in (*parts.channels, parts.left)
-    )
-    left = jnp.where((begin < end)[:, None], left, 1.0)
-    return (jnp.stack(sums), left), (features, bins, cut, live, start, parts.channels, left)
+    tiles = jax.vmap(lambda part: binning.run_sums(part, begin, end, start.shape[0]))(parts)
+    left = jnp.where((begin < end)[:, None], tiles[-1], 1.0)
+    return (tiles[:-1], left), (features, bins, cut, live, start, parts, left)
 
 
 def _composite_block(channels: int, unroll: bool, *arrays: Array) -> chunks.Composite:
@@ -104,11 +103,11 @@ def _composite_block(channels: int, unroll: bool, *arrays: Array) -> chunks.Comp
 
 
 def _backward(layout: Layout, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, None]:
-    features, bins, cut, live, start, sums, left = saved
+    features, bins, cut, live, start, parts, left = saved
     channels = features.shape[1] - SHAPE
     v_channels, v_left = cotangents
     tile = cut.tile[live.chunk]
-    ahead = sum(v_channels[d][tile] * sums[d] for d in range(channels))
+    ahead = sum(v_channels[d][tile] * parts[d] for d in range(channels))
     alive = (jnp.arange(tile.shape[0]) < live.count)[:, None]
     ahead = jnp.where(alive, ahead, 0.0)
     # What later chunks add: the inclusive scan of the next chunk of the same tile. (Subtracting a
@@ -134,7 +133,7 @@ def _backward(layout: Layout, saved: Any, cotangents: tuple[Array, Array]) -> tu
         own = chunks.moments(found[..., :SHAPE], splats[..., 0], splats[..., 1])
         found = jnp.concatenate([jnp.stack(own, axis=-1), found[..., SHAPE:]], axis=-1)
         number = at + jnp.arange(layout.block, dtype=jnp.int32)
-        padding = capacity + number[:, None] * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)
+        padding = capacity + number[:, None] * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)[None]
         used = (number < live.count)[:, None] & (cut.slot[index] < capacity)
         target = jnp.where(used, cut.slot[index], padding).reshape(-1)
         return into.at[target].set(found.reshape(-1, size), mode="drop", unique_indices=True)
@@ -166,7 +165,7 @@ def _cut(layout: Layout, features: Array, bins: Bins) -> _Chunks:
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), end])
     number = jnp.arange(needed, dtype=jnp.int32)
 
-    k = jnp.arange(CHUNK, dtype=jnp.int32)
+    k = jnp.arange(CHUNK, dtype=jnp.int32)[None]
     there = k < cut.length[:, None]
     index = jnp.where(there, cut.start[:, None] + k, 0)
     # One permutation of all owners first: gathers of slots then stay within neighbours' rows.
@@ -196,7 +195,7 @@ def _transmittance(layout: Layout, channels: int, cut: _Chunks) -> Float[Array, 
         even, odd = chunks.per_platform(
             functools.partial(_pass_block, channels), layout.unroll, cut.table, index
         )
-        return _put(into, even * odd, at)
+        return lax.dynamic_update_slice_in_dim(into, even * odd, at, axis=0)
 
     through = jnp.ones((cut.table.shape[0], PIXELS), cut.table.dtype)
     through = _loop(one_block, cut.total, layout.block, through)
@@ -229,7 +228,3 @@ def _loop(
 
 def _rows(array: Array, at: Array, block: int) -> Array:
     return lax.dynamic_slice_in_dim(array, at, block)
-
-
-def _put(array: Array, rows: Array, at: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(array, rows, at, axis=0)

@@ -64,10 +64,10 @@ def color(
     if sh_degree(sh.shape[1]) == 0:
         shown = jnp.maximum(0.5 + SH_C0 * sh[:, 0], 0.0)
         return jnp.broadcast_to(shown, (position.shape[0], *shown.shape))
-    direction = means - position[:, None]
+    direction = means[None] - position[:, None]
     length = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(direction), -1, keepdims=True), 1e-20))
     basis = sh_basis(direction / length, sh.shape[1])
-    total = sum(value[..., None] * sh[:, j] for j, value in enumerate(basis))
+    total = sum(value[..., None] * sh[None, :, j] for j, value in enumerate(basis))
     return jnp.maximum(0.5 + total, 0.0)
 
 
