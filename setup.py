@@ -8,7 +8,15 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "v3d_jax/__init__.py").read_text())[1]
 
-TEST = ["pytest>=8", "beartype>=0.19"]
+TEST = ["pytest>=8", "beartype>=0.19", "plyfile>=1.0"]
+PARITY = [
+    "torch>=2.4",
+    "diffusers>=0.32",
+    "transformers>=4.48",
+    "lpips>=0.1.4",
+    "pycolmap>=3.12",
+    "gsplat>=1.5",
+]
 SCRIPTS = ["sample", "train", "render", "evaluate"]
 
 setup(
@@ -44,14 +52,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "matting": ["rembg[cpu]>=2.0.60"],
         "test": TEST,
-        "parity": [
-            *TEST,
-            "torch>=2.4",
-            "diffusers>=0.32",
-            "transformers>=4.48",
-            "lpips>=0.1.4",
-            "pycolmap>=3.12",
-        ],
+        "tpu-aot": [*TEST, "jax[tpu]>=0.10.2"],
+        "parity": [*TEST, *PARITY],
         "dev": [*TEST, "ruff==0.17.6", "pyright>=1.1.400"],
     },
     entry_points={

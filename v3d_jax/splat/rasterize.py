@@ -105,6 +105,13 @@ def bin_gaussians(gaussians: Gaussians, projection: Projection, config: RasterCo
     return bin_splats(*fixed, (config.width, config.height), config.slots)
 
 
+def with_room(
+    config: RasterConfig, slots: int | Int32[Array, ""], slack: float = 1.1
+) -> RasterConfig:
+    """The configuration with a capacity for `slots` times `slack`, in few distinct sizes."""
+    return replace(config, slots=binning.next_size(slots, slack=slack, steps=8))
+
+
 def rasterize_growing(
     gaussians: Gaussians,
     camera: Camera,
@@ -119,7 +126,7 @@ def rasterize_growing(
     draw = jax.jit(rasterize, static_argnums=2)
     result = draw(gaussians, camera, config, background)
     if bool(result.overflow(config)):
-        config = replace(config, slots=binning.next_size(result.slots, slack=1.1, steps=8))
+        config = with_room(config, result.slots)
         result = draw(gaussians, camera, config, background)
     return result, config
 
