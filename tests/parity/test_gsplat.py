@@ -49,6 +49,7 @@ def tensors(kind):
     return [torch.tensor(field, requires_grad=True) for field in fields]
 
 
+@functools.cache  # once, in single precision: under x64 the orbit would come out otherwise
 def numpy_views():
     camera = jax.tree.map(np.asarray, scenes.views())
     return np.float64(camera.world_to_camera), np.float64(camera.intrinsics)
@@ -120,10 +121,9 @@ def test_projection_and_colors_equal_theirs():
     radii, centres, depths, conics, _ = their_projection(*leaves[:3])
     colors = their_colors(leaves[0], leaves[4])
     scene = scenes.scene("mixed")
+    poses, intrinsics = numpy_views()
+    camera = scenes.views()._replace(world_to_camera=poses, intrinsics=intrinsics)
     with jax.enable_x64(True):
-        camera = jax.tree.map(np.asarray, scenes.views())
-        poses, intrinsics = numpy_views()
-        camera = camera._replace(world_to_camera=poses, intrinsics=intrinsics)
         camera = jax.tree.map(jnp.asarray, camera)
         ours = scenes.as_float(scene, jnp.float64)
         p = projection.project(
