@@ -72,4 +72,5 @@ def test_sorts_scatters_and_types(unroll):
 def test_memory_of_all_views_of_a_full_fit():
     config = rasterize.RasterConfig(width=512, height=512, slots=1 << 23)
     program = jax.jit(functools.partial(step, config)).lower(*shapes(18, 100_000, 0)).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 5e9
+    # 7.4 GB on a CPU, 2.3 GB on a GPU; one array of slots x pixels would be 2.1 GB more
+    assert program.memory_analysis().temp_size_in_bytes < 8e9
