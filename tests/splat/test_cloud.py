@@ -52,10 +52,10 @@ def test_colours_of_a_two_coloured_sphere(sphere):
     x = np.asarray(sphere.positions)[:, 0]
     for side, colour in ((x > 0.06, RED), (x < -0.06, BLUE)):
         assert side.sum() > 0.4 * COUNT
-        off = np.abs(np.asarray(sphere.colours)[side] - colour).max(axis=1)
+        off = np.abs(np.asarray(sphere.colors)[side] - colour).max(axis=1)
         assert (off < 0.02).mean() > 0.998
         assert off.max() < 0.2  # nowhere the other side's
-    between = np.asarray(sphere.colours)[abs(x) <= 0.06]
+    between = np.asarray(sphere.colors)[abs(x) <= 0.06]
     assert between[:, 1].max() < 0.25  # no green anywhere
     assert sphere.seen.mean() > 0.99
     assert sphere.carved
@@ -110,7 +110,7 @@ def test_what_stands_in_front_does_not_colour_what_is_behind(solids, lenses):
     told = of(solid, solid.mesh.triangles_center[:, 0] > 0, lenses)
     near = np.asarray(told.positions)[:, 0] > 0
     assert 0.3 < near.mean() < 0.7
-    off = np.abs(np.asarray(told.colours) - np.where(near[:, None], RED, BLUE)).max(axis=1)
+    off = np.abs(np.asarray(told.colors) - np.where(near[:, None], RED, BLUE)).max(axis=1)
     assert (off < 0.05).mean() > 0.99
 
 
@@ -146,7 +146,7 @@ def test_points_that_no_view_sees(solids):
     assert down.sum() > 100
     assert told.seen[down].mean() < 0.05  # it is tangent to lines of sight
     assert told.seen[up].mean() > 0.99
-    np.testing.assert_allclose(told.colours, np.tile(RED, (COUNT, 1)), atol=0.02)
+    np.testing.assert_allclose(told.colors, np.tile(RED, (COUNT, 1)), atol=0.02)
 
 
 def test_the_key_decides_and_one_program_serves(solids, lenses):
@@ -192,7 +192,7 @@ def test_bytes_are_as_good_as_floats(solids, lenses, sphere):
         config=CONFIG,
     )
     np.testing.assert_array_equal(told.positions, sphere.positions)
-    np.testing.assert_allclose(told.colours, sphere.colours, atol=3e-3)
+    np.testing.assert_allclose(told.colors, sphere.colors, atol=3e-3)
 
 
 def test_frames_on_white_serve_as_masks(solids, lenses, sphere):
@@ -204,7 +204,7 @@ def test_frames_on_white_serve_as_masks(solids, lenses, sphere):
     np.testing.assert_array_equal(masks, solid.masks)
     told = initial(jax.random.key(0), frames, masks, lenses, count=COUNT, config=CONFIG)
     np.testing.assert_array_equal(told.positions, sphere.positions)
-    np.testing.assert_allclose(told.colours, sphere.colours, atol=1e-5)  # no white bleeds in
+    np.testing.assert_allclose(told.colors, sphere.colors, atol=1e-5)  # no white bleeds in
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -223,7 +223,7 @@ def test_without_masks_points_fill_the_common_view():
     told = initial(jax.random.key(0), images, None, lenses, count=COUNT, config=CONFIG)
     assert not told.carved
     assert not told.seen.any()
-    np.testing.assert_array_equal(told.colours, cloud.GREY)
+    np.testing.assert_array_equal(told.colors, cloud.GREY)
     np.testing.assert_array_equal(told.normals, 0.0)
     radius = np.linalg.norm(told.positions, axis=1)
     assert radius.max() <= 1.0 + 1e-5

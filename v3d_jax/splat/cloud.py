@@ -24,7 +24,7 @@ class Cloud(NamedTuple):
     """Coloured points, and what the masks were worth (`describe` says it in words)."""
 
     positions: Float[Array, "p 3"]
-    colours: Float[Array, "p 3"]
+    colors: Float[Array, "p 3"]
     normals: Float[Array, "p 3"]  # unit, outward; 0 for random points
     seen: Bool[Array, "p"]  # whether some view sees the point; False for random points
     carved: Bool[Array, ""]  # False: the points are random, for want of usable masks
@@ -56,10 +56,10 @@ def initial(
     hull = carve.hull(masks, cameras, config)
     carved = carve.usable(hull)
     positions, normals = sample_surface(surface_key, hull, count)
-    colours, seen = paint(positions, normals, hull, images, masks, cameras)
+    colors, seen = paint(positions, normals, hull, images, masks, cameras)
     return Cloud(
         jnp.where(carved, positions, scattered),
-        jnp.where(carved, colours, GREY),
+        jnp.where(carved, colors, GREY),
         jnp.where(carved, normals, 0.0),
         seen & carved,
         carved,
