@@ -9,7 +9,7 @@ import pytest
 import tiny_generator
 from PIL import Image
 
-from v3d_jax import errors, pipeline, sample
+from v3d_jax import console, errors, pipeline, sample
 from v3d_jax.data import preprocess
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.weights import folder
@@ -145,7 +145,10 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path, model, picture, monkeyp
     assert "1 x 1" in with_model(tmp_path / "dot.png")
     assert "transparent everywhere" in with_model(picture, tmp_path / "clear.png")
     assert "would both be written" in with_model(picture, tmp_path / "toy.jpg")
-    assert "'splats' is not available; there is: video" in with_model("--stages", "video,splats")
+    assert "'mesh' is not available" in with_model("--stages", "video,splats,mesh")
+    assert "give video,splats" in with_model("--stages", "splats")
+    assert "--gaussians 3" in with_model("--gaussians", "3")
+    assert "--degree 4" in with_model("--degree", "4")
     assert "--steps 0" in with_model("--steps", "0")
     assert "--border" in with_model("--border", "1.5")
     assert "--seed" in with_model("--seed", "-1")
@@ -184,7 +187,7 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "elsewhere" if kept else None)
     try:
-        sample.enable_cache()
+        console.enable_cache()
         found = jax.config.jax_compilation_cache_dir
         assert found == ("elsewhere" if kept else str(tmp_path / "v3d_jax" / "jax"))
         assert kept or Path(found).is_dir()

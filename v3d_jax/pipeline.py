@@ -1,4 +1,4 @@
-"""One picture to an orbit video: one pure function a stage, and all of them as one.
+"""One picture to an orbit video and 3D Gaussians: one pure function a stage, and all as one.
 
 Axes: `b` clip, `t` frame, `h w` image, `c` channel. Images are in [0, 1]; latents are the diffusion
 model's (scaled, of about unit variance). `params` is the tree that `nnx.split` gives of a
@@ -6,21 +6,28 @@ model's (scaled, of about unit variance). `params` is the tree that `nnx.split` 
 
     orbit = jax.jit(pipeline.generate_orbit, static_argnums=0)
     frames = orbit(pipeline.Settings(generator_config, sampling_config), params, image, key)
+
+`image_to_splats` goes on to the Gaussians in the same program.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion.guidance import Condition
-from v3d_jax.nn import conditioner, generator
+from v3d_jax.nn import conditioner, generator, lpips
+from v3d_jax.ops import camera
 from v3d_jax.ops import image as images
+from v3d_jax.splat import cloud, fit, objective, rasterize, silhouette, start
+from v3d_jax.splat.carve import CarveConfig
+from v3d_jax.splat.fit import FitConfig
+from v3d_jax.splat.gaussians import Gaussians
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,15 @@ class ConditioningConfig:
 
 
 @dataclass(frozen=True)
+class SplatConfig:
+    """How frames become Gaussians."""
+
+    fit: FitConfig = field(default_factory=FitConfig)
+    carve: CarveConfig = field(default_factory=CarveConfig)
+    slots: int = 1 << 20  # the rasterizer's capacity for the views of one step
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything static about a run.
 
@@ -51,6 +67,7 @@ class Settings:
     conditioning: ConditioningConfig = ConditioningConfig()
     activations: Literal["auto", "float32", "bfloat16"] = "auto"
     decode_frames: int = 0
+    splats: SplatConfig = field(default_factory=SplatConfig)
 
     @property
     def dtype(self) -> Any:
@@ -172,6 +189,76 @@ def split_key(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """The keys of the conditioning and of the initial noise that `generate_orbit` uses."""
     condition_key, noise_key = jax.random.split(key)
     return condition_key, noise_key
+
+
+class Splats(NamedTuple):
+    """An orbit, the Gaussians fitted to it, and what says whether to trust them."""
+
+    frames: Float[Array, "t h w 3"]
+    gaussians: Gaussians
+    cloud: cloud.Cloud  # where the fit started
+    losses: Float[Array, "s"]  # of every step
+    slots: Int[Array, ""]  # capacity that a step needed: with more than was set, fit again
+
+
+def image_to_splats(
+    settings: Settings,
+    params: Any,
+    image: Float[Array, "h w 3"],
+    key: Key[Array, ""],
+    perceptual_params: lpips.LPIPSParams | None = None,
+) -> Splats:
+    """The whole method as one function to jit: orbit, masks from white, visual hull, fit.
+
+    Without the parameters of LPIPS its term is left out. The frames are those of `generate_orbit`
+    with the same key.
+    """
+    frames = generate_orbit(settings, params, image, key)
+    height, width = settings.generator.frame_size
+    cameras = camera.orbit(settings.generator.num_frames, width=width, height=height)
+    start_key, fit_key = jax.random.split(jax.random.fold_in(key, 1))
+    config = settings.splats
+    masks = silhouette.from_white(frames)
+    begun, gaussians = begin_splats(config, frames, masks, cameras, start_key)
+    network = None if perceptual_params is None else perceptual(settings.dtype)
+    targets = fit.with_features(
+        config.fit, fit.Targets(frames, None, cameras), network, perceptual_params
+    )
+    raster = rasterize.RasterConfig(width=width, height=height, slots=config.slots)
+    state, losses = fit.advance(
+        config.fit,
+        raster,
+        network,
+        perceptual_params,
+        targets,
+        fit.begin(gaussians, len(frames)),
+        fit_key,
+        config.fit.steps,
+    )
+    return Splats(frames, state.parameters.gaussians, begun, losses, state.slots)
+
+
+def begin_splats(
+    config: SplatConfig,
+    frames: silhouette.Images,
+    masks: silhouette.Alpha | None,
+    cameras: camera.Camera,
+    key: Key[Array, ""],
+) -> tuple[cloud.Cloud, Gaussians]:
+    """Points on the frames' visual hull, and the Gaussians that a fit starts from on them."""
+    told = config.fit
+    begun = cloud.initial(key, frames, masks, cameras, told.count, config.carve)
+    gaussians = start.from_points(
+        begun.positions, begun.colors, degree=told.degree, opacity=told.opacity, scale=told.scale
+    )
+    return begun, gaussians
+
+
+@functools.cache
+def perceptual(dtype: Any) -> objective.Perceptual:
+    """LPIPS as a fit takes it, its trunk running in `dtype`; the same object every time."""
+    features = functools.partial(lpips.features, dtype=dtype)
+    return objective.Perceptual(features, lpips.distance_from_features)
 
 
 def networks(settings: Settings, params: Any) -> generator.Generator:

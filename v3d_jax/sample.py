@@ -1,17 +1,11 @@
-"""Pictures to orbit videos: `python -m v3d_jax.sample IMAGE... --out DIR`.
+"""Pictures to orbit videos and splats: `python -m v3d_jax.sample IMAGE... --out DIR`.
 
 Every picture gets a folder DIR/<stem>/ with input.png, frames/, orbit.mp4, transforms.json,
-preview.png and report.json (docs/method.md). Without a picture the packaged example is used.
+preview.png and report.json, and with `--stages video,splats` splats.ply and splats.mp4
+(docs/method.md). Without a picture the packaged example is used.
 """
 
-import contextlib
 import dataclasses
-import os
-import platform
-import sys
-import time
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,20 +15,21 @@ import numpy as np
 import tyro
 from flax import nnx
 from jaxtyping import UInt8
-from tqdm import tqdm
 
-from v3d_jax import __version__, errors, pipeline
+from v3d_jax import console, errors, pipeline, splatting
 from v3d_jax.data import output, preprocess
 from v3d_jax.ops import camera
 from v3d_jax.weights import folder, packaged
 
-STAGES = ("video",)
+STAGES = ("video", "splats")
+# Generated frames that may lack a part of the object before it is cut away.
+TOLERATED = 2
 EXAMPLE = packaged.ASSETS / "example.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleArgs:
-    """Turns pictures of objects into orbit videos."""
+    """Turns pictures of objects into orbit videos and 3D Gaussians."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Pictures, best with a transparent background; without any the packaged example."""
@@ -55,7 +50,10 @@ class SampleArgs:
     border: float = preprocess.BORDER
     """Empty share of the frame around the object."""
     stages: str = "video"
-    """How far to go, separated by commas: video."""
+    """How far to go, separated by commas: video, or video,splats."""
+    splats: Annotated[splatting.SplatArgs, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=splatting.SplatArgs
+    )
     activations: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the networks' activations; auto is float32 on a CPU, else bfloat16."""
     cache: bool = True
@@ -81,28 +79,49 @@ def run(args: SampleArgs) -> list[Path]:
     pictures = list(args.images) or [EXAMPLE]
     folders = output.plan(pictures, args.out)
     if args.cache:
-        enable_cache()
+        console.enable_cache()
     seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
+    with console.timed(seconds, "load"):
         model = folder.load(packaged.resolve(args.model))
         settings = configure(args, model)
         params = jax.device_put(nnx.to_pure_dict(model.params))
     height, width = settings.generator.frame_size
     if height != width:
         raise errors.UserError(f"{args.model} makes {width} x {height} frames; orbits are square")
-    with _timed(seconds, "prepare"):
+    with console.timed(seconds, "prepare"):
         prepared = [preprocess.prepare(picture, width, args.border) for picture in pictures]
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
-        print(f"note: {note}", file=sys.stderr)
+        console.note(note)
     cameras = camera.orbit(settings.generator.num_frames, width=width, height=height)
     for picture, one, target in zip(pictures, prepared, folders, strict=True):
         spent = dict(seconds)
         frames = generate(settings, params, one.image, args.seed, spent)
+        splats = None
+        if "splats" in stages(args.stages):
+            posed = splatting.Frames(frames, None, cameras, TOLERATED)
+            splats = splatting.reconstruct(args.splats, posed, args.seed, spent)
         report = describe(args, settings, picture, one, spent)
-        output.write(target, one.rgba, frames, cameras, report)
+        if splats is None:
+            output.write(target, one.rgba, frames, cameras, report)
+        else:
+            report["splats"] = splats.report
+            output.write(target, one.rgba, frames, cameras, report, output.Splats(*splats[:3]))
         generated = sum(spent[stage] for stage in ("encode", "sample", "decode"))
-        print(f"{target}: {len(frames)} frames in {generated:.1f} s")
+        print(f"{target}: {len(frames)} frames in {generated:.1f} s{_told(splats, spent)}")
     return folders
+
+
+def stages(text: str) -> list[str]:
+    """The stages of a list separated by commas."""
+    return [stage.strip() for stage in text.split(",")]
+
+
+def _told(splats: splatting.Result | None, seconds: dict[str, float]) -> str:
+    if splats is None:
+        return ""
+    count = splats.gaussians.means.shape[0]
+    spent = sum(seconds[stage] for stage in splatting.STAGES)
+    return f", {count} Gaussians in {spent:.1f} s ({splats.report['psnr']:.2f} dB)"
 
 
 def configure(args: SampleArgs, model: folder.Model) -> pipeline.Settings:
@@ -128,17 +147,17 @@ def generate(
     """
     condition_key, noise_key = pipeline.split_key(jax.random.key(seed))
     pixels = jnp.asarray(image, jnp.float32)[None] / 255.0
-    with _stage(seconds, "encode", 1) as bar:
+    with console.progress(seconds, "encode", 1) as bar:
         condition = _encode(settings, params, pixels, condition_key)
         jax.block_until_ready(condition)
         bar.update()
     trajectory, levels = pipeline.begin(settings, 1, noise_key)
-    with _stage(seconds, "sample", len(levels) - 1) as bar:
+    with console.progress(seconds, "sample", len(levels) - 1) as bar:
         for step in range(len(levels) - 1):
             trajectory = _advance(settings, params, condition, trajectory, levels[step : step + 2])
             jax.block_until_ready(trajectory)
             bar.update()
-    with _stage(seconds, "decode", 1) as bar:
+    with console.progress(seconds, "decode", 1) as bar:
         frames = np.asarray(_decode(settings, params, trajectory.x)[0])
         bar.update()
     if not np.isfinite(frames).all():
@@ -159,8 +178,6 @@ def describe(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The report: settings, versions, device, seconds a stage and peak memory in bytes."""
-    device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "flax", "numpy", "pillow")
     return {
         "image": str(picture),
         "notes": list(prepared.notes),
@@ -171,56 +188,19 @@ def describe(
         "conditioning": dataclasses.asdict(settings.conditioning),
         "generator": dataclasses.asdict(settings.generator),
         "activations": settings.dtype.name,
-        "versions": {
-            "v3d_jax": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
-        },
-        "device": {"platform": device.platform, "kind": device.device_kind},
-        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
-        "peak_memory": {
-            "host": peak_host_memory(),
-            "device": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        },
+        **console.machine(seconds),
     }
 
 
-def peak_host_memory() -> int | None:
-    """Peak resident memory of this process in bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kibibytes, except on macOS.
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def enable_cache() -> None:
-    """Keeps compiled programs between runs, unless JAX was told of a folder already.
-
-    The folder is v3d_jax/jax in $XDG_CACHE_HOME or ~/.cache; where it cannot be written nothing is
-    kept.
-    """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(root) / "v3d_jax" / "jax"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if os.access(path, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def _check(args: SampleArgs) -> None:
-    unknown = [stage for stage in args.stages.split(",") if stage.strip() not in STAGES]
+    unknown = [stage for stage in stages(args.stages) if stage not in STAGES]
     if unknown:
         raise errors.UserError(
             f"--stages: {unknown[0]!r} is not available; there is: {', '.join(STAGES)}"
         )
+    if "video" not in stages(args.stages):
+        raise errors.UserError("--stages: splats are made of the video: give video,splats")
+    splatting.check(args.splats)
     if args.steps is not None and args.steps < 1:
         raise errors.UserError(f"--steps {args.steps}: at least 1 is needed")
     if not 0.0 <= args.border < 1.0:
@@ -229,21 +209,6 @@ def _check(args: SampleArgs) -> None:
         raise errors.UserError(f"--seed {args.seed}: a number from 0 to {2**32 - 1} is needed")
     if args.guidance is not None and not np.isfinite(args.guidance).all():
         raise errors.UserError("--guidance: two finite numbers are needed")
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _stage(seconds: dict[str, float], stage: str, steps: int) -> Iterator[tqdm]:
-    """A progress bar of a stage, and its time."""
-    form = "{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}<{remaining}"
-    with _timed(seconds, stage), tqdm(total=steps, desc=f"{stage:7}", bar_format=form) as bar:
-        yield bar
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""The files of an orbit video: docs/method.md lists them; other programs may rely on them.
+"""The files of a result: docs/method.md lists them; other programs may rely on them.
 
 A folder is written aside and renamed, so nothing half-written ever has a final name.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,11 +19,23 @@ from PIL import Image
 from v3d_jax.data import preprocess
 from v3d_jax.errors import UserError
 from v3d_jax.ops import camera
+from v3d_jax.splat import gaussians as splat_files
+from v3d_jax.splat.gaussians import Gaussians
 
 REPORT = "report.json"
 PROGRAM = "v3d_jax"  # report.json's "program", by which a folder of ours is known
 FPS = 6
+TURN_FPS = 30
 _CELL = 192  # largest side of a picture in the contact sheet
+_SHOWN = 18  # views in it at most
+
+
+class Splats(NamedTuple):
+    """Fitted Gaussians and what they look like on white."""
+
+    gaussians: Gaussians
+    renders: UInt8[np.ndarray, "v h w 3"]  # in the frames' places
+    turn: UInt8[np.ndarray, "n h w 3"]  # a smooth turn
 
 
 def plan(pictures: Sequence[Path], out: Path) -> list[Path]:
@@ -39,6 +52,12 @@ def plan(pictures: Sequence[Path], out: Path) -> list[Path]:
                 "of them or give them to separate runs"
             )
     folders = [out / picture.stem for picture in pictures]
+    check_writable(out, folders)
+    return folders
+
+
+def check_writable(out: Path, folders: Sequence[Path]) -> None:
+    """Raises `UserError` if `out` or its `folders` cannot be written or replaced."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f"cannot write to {out}: {there} is a file")
@@ -49,7 +68,6 @@ def plan(pictures: Sequence[Path], out: Path) -> list[Path]:
             _check_replaceable(folder)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
-    return folders
 
 
 def write(
@@ -58,27 +76,58 @@ def write(
     frames: UInt8[np.ndarray, "t h w 3"],
     cameras: camera.Camera,
     report: dict[str, Any],
+    splats: Splats | None = None,
 ) -> None:
-    """Writes every file of one orbit, replacing what an earlier run left in `folder`.
+    """Writes every file of one picture, replacing what an earlier run left in `folder`.
 
     `rgba` is the prepared input; `cameras` hold one camera a frame, with equal intrinsics. Raises
     `UserError` if the disk is full or `folder` holds something else.
     """
-    target = folder.resolve()
-    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        _check_replaceable(target)
-        (aside / "frames").mkdir(parents=True)
+    with _aside(folder) as aside:
+        (aside / "frames").mkdir()
         Image.fromarray(rgba).save(aside / "input.png")
         names = [f"frames/{index:03d}.png" for index in range(len(frames))]
         for name, frame in zip(names, frames, strict=True):
             Image.fromarray(frame).save(aside / name)
         write_mp4(aside / "orbit.mp4", frames)
         _write_json(aside / "transforms.json", transforms(cameras, names))
-        Image.fromarray(contact_sheet(preprocess.on_white(rgba), frames)).save(
-            aside / "preview.png"
-        )
+        rows = [frames] if splats is None else [frames, splats.renders]
+        sheet = contact_sheet(preprocess.on_white(rgba), *rows)
+        Image.fromarray(sheet).save(aside / "preview.png")
+        if splats is not None:
+            _write_splats(aside, splats)
         _write_json(aside / REPORT, {"program": PROGRAM, **report})
+
+
+def write_reconstruction(
+    folder: Path, views: UInt8[np.ndarray, "v h w 3"], splats: Splats, report: dict[str, Any]
+) -> None:
+    """Writes what was made of posed views, replacing what an earlier run left in `folder`.
+
+    `views` are on white. Raises `UserError` as `write` does.
+    """
+    shown = np.unique(np.linspace(0, len(views) - 1, min(len(views), _SHOWN)).astype(int))
+    with _aside(folder) as aside:
+        sheet = contact_sheet(views[0], views[shown], splats.renders[shown])
+        Image.fromarray(sheet).save(aside / "preview.png")
+        _write_splats(aside, splats)
+        _write_json(aside / REPORT, {"program": PROGRAM, **report})
+
+
+def _write_splats(aside: Path, splats: Splats) -> None:
+    splat_files.save_ply(aside / "splats.ply", splats.gaussians)
+    write_mp4(aside / "splats.mp4", splats.turn, TURN_FPS)
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends without an error."""
+    target = folder.resolve()
+    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        _check_replaceable(target)
+        aside.mkdir(parents=True)
+        yield aside
         _rename_into_place(aside, target)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
@@ -139,24 +188,29 @@ def write_mp4(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int = FPS) 
 
 
 def contact_sheet(
-    image: UInt8[np.ndarray, "s s 3"], frames: UInt8[np.ndarray, "t h w 3"]
+    image: UInt8[np.ndarray, "a b 3"], *videos: UInt8[np.ndarray, "t h w 3"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The input at the left, then the frames row by row, on white."""
+    """The input at the left, then the frames of each video row by row, on white."""
+    frames = videos[0]
     rows = min(3, max(1, len(frames) // 4))
     columns = -(-len(frames) // rows)
     height, width = frames.shape[1:3]
     factor = min(1.0, _CELL / max(height, width))
     height, width = max(1, round(height * factor)), max(1, round(width * factor))
     gap = max(2, width // 24)
-    sheet = Image.new(
-        "RGB", ((columns + 1) * (width + gap) + 2 * gap, rows * (height + gap) + gap), "white"
-    )
+    # A double gap sets the input apart from the frames, and videos from each other.
+    block = rows * (height + gap) + gap
+    size = ((columns + 1) * (width + gap) + 2 * gap, len(videos) * block)
+    sheet = Image.new("RGB", size, "white")
     _paste(sheet, image, (gap, gap), (width, height))
-    for index, frame in enumerate(frames):
-        row, column = divmod(index, columns)
-        # A double gap sets the input apart.
-        place = (2 * gap + (column + 1) * (width + gap), gap + row * (height + gap))
-        _paste(sheet, frame, place, (width, height))
+    for order, video in enumerate(videos):
+        for index, frame in enumerate(video):
+            row, column = divmod(index, columns)
+            place = (
+                2 * gap + (column + 1) * (width + gap),
+                order * block + gap + row * (height + gap),
+            )
+            _paste(sheet, frame, place, (width, height))
     return np.asarray(sheet)
 
 

@@ -71,9 +71,8 @@ FAITHFUL = FitConfig(
 )
 # Minutes on two CPU cores, where VGG16 alone would take seconds a step.
 MINI = FitConfig(
-    count=8_000,
+    count=6_000,
     steps=400,
-    views=2,
     loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01),
     rates=RateConfig(means=4.8e-4, sh=1e-2, log_scales=1e-2),
     densify=DensifyConfig(every=50, start=100, stop=350),

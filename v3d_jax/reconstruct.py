@@ -1,0 +1,104 @@
+"""Posed views to 3D Gaussians: `python -m v3d_jax.reconstruct SOURCE --out DIR`.
+
+SOURCE is a folder that `python -m v3d_jax.sample` wrote, a transforms file or its folder, the mp4
+of an orbit, or a folder with a COLMAP model. DIR gets splats.ply, splats.mp4, preview.png and
+report.json (docs/method.md).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from v3d_jax import console, errors, splatting
+from v3d_jax.data import output, views
+
+STAGES = ("splats",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructArgs:
+    """Fits 3D Gaussians to posed views."""
+
+    source: tyro.conf.Positional[Path]
+    """A result of v3d_jax.sample, a transforms file or its folder, an mp4, a COLMAP model."""
+    out: Path = Path("out")
+    """Folder that receives the result."""
+    stages: str = "splats"
+    """What to make: splats."""
+    splats: Annotated[splatting.SplatArgs, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=splatting.SplatArgs
+    )
+    max_side: int = views.MAX_SIDE
+    """Pictures longer than this many pixels are shrunk."""
+    tolerated: int = 0
+    """Views that may miss a part of the object before it is cut away from the start."""
+    seed: int = 0
+    """Of all random numbers."""
+    cache: bool = True
+    """Keep compiled programs in the user's cache folder (~/.cache/v3d_jax)."""
+
+
+def cli() -> None:
+    """Entry point of `v3d-reconstruct` and `python -m v3d_jax.reconstruct`."""
+    errors.run(main)
+
+
+def main() -> None:
+    """Parses the command line and runs it."""
+    run(tyro.cli(ReconstructArgs, prog="python -m v3d_jax.reconstruct"))
+
+
+def run(args: ReconstructArgs) -> Path:
+    """Reads, fits and writes; returns the folder. Raises `UserError`."""
+    _check(args)
+    if args.cache:
+        console.enable_cache()
+    seconds: dict[str, float] = {}
+    with console.timed(seconds, "load"):
+        given = views.read(args.source, max_side=args.max_side)
+    for remark in given.notes:
+        console.note(remark)
+    frames = splatting.Frames(given.images, given.alpha, given.cameras, args.tolerated)
+    made = splatting.reconstruct(args.splats, frames, args.seed, seconds)
+    shown = (views.on_white(given) * 255.0 + 0.5).astype(np.uint8)
+    report = {
+        "source": str(args.source),
+        "views": len(given.images),
+        "size": [given.images.shape[2], given.images.shape[1]],
+        "notes": list(given.notes),
+        "seed": args.seed,
+        "splats": made.report,
+        **console.machine(seconds),
+    }
+    output.write_reconstruction(args.out, shown, output.Splats(*made[:3]), report)
+    spent = sum(seconds[stage] for stage in splatting.STAGES)
+    count = made.gaussians.means.shape[0]
+    psnr = made.report["psnr"]
+    print(f"{args.out}: {count} Gaussians in {spent:.1f} s, {psnr:.2f} dB over {len(shown)} views")
+    return args.out
+
+
+def _check(args: ReconstructArgs) -> None:
+    unknown = [stage for stage in args.stages.split(",") if stage.strip() not in STAGES]
+    if unknown:
+        raise errors.UserError(
+            f"--stages: {unknown[0]!r} is not available; there is: {', '.join(STAGES)}"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise errors.UserError(f"--seed {args.seed}: a number from 0 to {2**32 - 1} is needed")
+    if args.tolerated < 0:
+        raise errors.UserError(f"--tolerated {args.tolerated}: at least 0 is needed")
+    if args.max_side < splatting.MIN_SIDE:
+        raise errors.UserError(f"--max-side {args.max_side}: at least {splatting.MIN_SIDE}")
+    splatting.check(args.splats)
+    out, source = args.out.resolve(), args.source.resolve()
+    if out == source or out in source.parents:
+        raise errors.UserError(f"--out {args.out} holds the source and would replace it")
+    output.check_writable(args.out, [args.out])
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,273 @@
+"""Posed frames to Gaussians from the host: start, fit, renders and scores, with progress shown.
+
+Axes: v view, t frame of the turn, h w image.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from v3d_jax import console, errors, pipeline
+from v3d_jax.nn import lpips
+from v3d_jax.ops import camera, metrics
+from v3d_jax.ops import image as images
+from v3d_jax.splat import carve, cloud, fit, rasterize, silhouette
+from v3d_jax.splat.gaussians import MAX_DEGREE, Gaussians
+from v3d_jax.weights import lpips as lpips_weights
+
+MIN_SIDE = 16  # pixels: what SSIM's window and VGG16's pooling need
+TURN_FRAMES = 90
+STAGES = ("carve", "fit", "render")  # names of the times spent
+_ALEXNET_SIDE = 31
+_PRESETS = {"v3d": fit.V3D, "faithful": fit.FAITHFUL, "mini": fit.MINI}
+_CHUNKS = 20  # of a fit: how often progress is told
+
+
+@dataclasses.dataclass(frozen=True)
+class SplatArgs:
+    """Settings of the splats that a command line offers."""
+
+    fit: Literal["auto", "v3d", "faithful", "mini"] = "auto"
+    """Recipe: V3D's with L1 added, exactly V3D's losses, or a small one; auto: mini on a CPU."""
+    gaussians: int | None = None
+    """How many Gaussians, instead of the recipe's own."""
+    fit_steps: int | None = None
+    """Steps of the fit, instead of the recipe's own."""
+    fit_views: int | None = None
+    """Views a step, instead of the recipe's own."""
+    degree: int | None = None
+    """Degree of the colours' spherical harmonics, 0 to 3, instead of the recipe's own."""
+    view_gain: bool = False
+    """Fit a colour gain for every frame, for frames that disagree in brightness."""
+
+
+class Frames(NamedTuple):
+    """Posed frames of one object."""
+
+    images: UInt8[np.ndarray, "v h w 3"]
+    alpha: UInt8[np.ndarray, "v h w"] | None  # None: opaque, the object on white
+    cameras: camera.Camera
+    tolerated: int = 0  # frames that may miss a part of the object, as generated ones do
+
+
+class Result(NamedTuple):
+    """Gaussians, what they look like on white, and the report's entry."""
+
+    gaussians: Gaussians
+    renders: UInt8[np.ndarray, "v h w 3"]
+    turn: UInt8[np.ndarray, "t h w 3"]
+    report: dict[str, Any]
+
+
+def check(args: SplatArgs) -> None:
+    """Raises `UserError` for settings out of range."""
+    least = {"gaussians": 4, "fit_steps": 1, "fit_views": 1, "degree": 0}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            flag = name.replace("_", "-")
+            raise errors.UserError(f"--{flag} {value}: at least {low} is needed")
+    if args.degree is not None and args.degree > MAX_DEGREE:
+        raise errors.UserError(f"--degree {args.degree}: at most {MAX_DEGREE} is possible")
+
+
+def configure(args: SplatArgs) -> fit.FitConfig:
+    """The recipe with the command line's settings put in; its schedule follows the steps."""
+    automatic = "mini" if jax.default_backend() == "cpu" else "v3d"
+    config = _PRESETS[automatic if args.fit == "auto" else args.fit]
+    schedule = config.densify
+    if args.fit_steps is not None:
+        part = args.fit_steps / config.steps
+        schedule = dataclasses.replace(
+            schedule, start=round(schedule.start * part), stop=round(schedule.stop * part)
+        )
+    given = {
+        "count": args.gaussians,
+        "steps": args.fit_steps,
+        "views": args.fit_views,
+        "degree": args.degree,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config, densify=schedule, view_gain=args.view_gain, **changes)
+
+
+def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, float]) -> Result:
+    """Fits Gaussians to frames; adds the stages' times to `seconds`, compilation included.
+
+    Raises `UserError` where the frames show nothing, are all alike, or are too small.
+    """
+    _check_frames(frames)
+    config = configure(args)
+    network, params = None, None
+    if config.loss.lpips and (params := _lpips("vgg", "the fit goes on with L1 and DSSIM")):
+        network = pipeline.perceptual(_dtype())
+    elif config.loss.lpips:
+        loss = dataclasses.replace(config.loss, lpips=0.0, l1=config.loss.l1 or 0.8)
+        config = dataclasses.replace(config, loss=loss)
+    start_key, fit_key = jax.random.split(jax.random.key(seed))
+    with console.progress(seconds, "carve", 1) as bar:
+        begun, gaussians = _begin(config, frames, start_key)
+        bar.update()
+    if (remark := cloud.describe(begun)) is not None:
+        console.note(remark)
+    height, width = frames.images.shape[1:3]
+    raster = rasterize.RasterConfig(width=width, height=height)
+    needed = _needed(gaussians, frames.cameras, raster)
+    raster = rasterize.with_room(raster, min(int(needed) * config.views, 2**30), slack=1.5)
+    targets = fit.Targets(
+        jnp.asarray(frames.images),
+        None if frames.alpha is None else jnp.asarray(frames.alpha),
+        frames.cameras,
+    )
+    with console.progress(seconds, "fit", config.steps) as bar:
+
+        def told(done: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        state, raster = fit.run(
+            config,
+            raster,
+            targets,
+            gaussians,
+            fit_key,
+            perceptual=network,
+            params=params,
+            chunk=max(1, config.steps // _CHUNKS),
+            progress=told,
+        )
+    gaussians = state.parameters.gaussians
+    path = turn(frames.cameras, TURN_FRAMES)
+    with console.progress(seconds, "render", len(frames.images) + TURN_FRAMES) as bar:
+        renders = _draw(gaussians, frames.cameras, raster, bar)
+        film = _draw(gaussians, path, raster, bar)
+    report = {
+        "fit": dataclasses.asdict(config),
+        "carved": bool(begun.carved),
+        "slots": raster.slots,
+        "moved": int(state.moved),
+        **_scores(renders, _on_white(frames)),
+    }
+    return Result(gaussians, renders, film, report)
+
+
+def turn(cameras: camera.Camera, count: int) -> camera.Camera:
+    """`count` cameras once around what `cameras` look at, starting near the first of them.
+
+    At their mean distance and height, with the first one's intrinsics; up is what is up in most of
+    their pictures.
+    """
+    centre = carve.viewing_box(cameras).centre
+    up = -cameras.world_to_camera[:, 1, :3].mean(axis=0)
+    up = up / jnp.maximum(jnp.linalg.norm(up), 1e-6)
+    offset = camera.position(cameras) - centre[None]
+    height = (offset * up[None]).sum(axis=1)
+    across = offset - height[:, None] * up[None]
+    radius = jnp.linalg.norm(across, axis=1)
+    first = across[jnp.argmax(radius > 0.1 * radius.max())]
+    right = first / jnp.linalg.norm(first)
+    angle = (2.0 * jnp.pi / count * jnp.arange(count))[:, None]
+    ring = jnp.cos(angle) * right[None] + jnp.sin(angle) * jnp.cross(up, right)[None]
+    place = centre[None] + radius.mean() * ring + height.mean() * up[None]
+    pose = camera.look_at(place, centre, up)
+    same = (jnp.broadcast_to(part[:1], (count, *part.shape[1:])) for part in cameras[1:])
+    return camera.Camera(pose, *same)
+
+
+def _check_frames(frames: Frames) -> None:
+    height, width = frames.images.shape[1:3]
+    if min(height, width) < MIN_SIDE:
+        raise errors.UserError(
+            f"the frames are {width} x {height}: splats need at least {MIN_SIDE} pixels a side"
+        )
+    if frames.alpha is None and (frames.images == frames.images[:1]).all():
+        raise errors.UserError("all frames are identical: views from different sides are needed")
+    if not _masks(frames).any():
+        raise errors.UserError(
+            "the frames show no object: every one is empty, or white all over; give views of an "
+            "object on white or with alpha"
+        )
+
+
+@jax.jit
+def _from_white(pictures: Array) -> Array:
+    return silhouette.from_white(pictures)
+
+
+def _masks(frames: Frames) -> np.ndarray:
+    """Alpha, or what is not white; uint8 or bool."""
+    if frames.alpha is not None:
+        return frames.alpha
+    return np.asarray(_from_white(jnp.asarray(frames.images)))
+
+
+def _begin(config: fit.FitConfig, frames: Frames, key: Array) -> tuple[cloud.Cloud, Gaussians]:
+    tolerated = min(frames.tolerated, len(frames.images) - 1)
+    whole = pipeline.SplatConfig(config, carve.CarveConfig(tolerated=tolerated))
+    begin = jax.jit(pipeline.begin_splats, static_argnums=0)
+    pictures, masks = jnp.asarray(frames.images), jnp.asarray(_masks(frames))
+    return jax.block_until_ready(begin(whole, pictures, masks, frames.cameras, key))
+
+
+_needed = jax.jit(fit.needed_slots, static_argnums=2)
+_render = jax.jit(rasterize.rasterize, static_argnums=2)
+
+
+def _draw(
+    gaussians: Gaussians, cameras: camera.Camera, raster: rasterize.RasterConfig, bar: Any
+) -> UInt8[np.ndarray, "v h w 3"]:
+    """Renders on white, a view at a time."""
+    raster = rasterize.with_room(raster, _needed(gaussians, cameras, raster))
+    frames = []
+    for view in range(cameras.intrinsics.shape[0]):
+        lens = camera.Camera(*(part[view : view + 1] for part in cameras))
+        color = np.asarray(_render(gaussians, lens, raster, jnp.ones(3)).color[0])
+        frames.append((np.clip(color, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
+        bar.update()
+    return np.stack(frames)
+
+
+def _on_white(frames: Frames) -> Float[np.ndarray, "v h w 3"]:
+    pictures = frames.images.astype(np.float32) / np.float32(255.0)
+    if frames.alpha is None:
+        return pictures
+    alpha = frames.alpha[..., None].astype(np.float32) / np.float32(255.0)
+    return pictures * alpha + (np.float32(1.0) - alpha)
+
+
+def _scores(
+    renders: UInt8[np.ndarray, "v h w 3"], truth: Float[np.ndarray, "v h w 3"]
+) -> dict[str, Any]:
+    """Means over views of PSNR, SSIM and LPIPS (AlexNet, as papers report it)."""
+    params = None
+    if min(truth.shape[1:3]) >= _ALEXNET_SIDE:
+        params = _lpips("alex", "the report has no LPIPS")
+    rows = []
+    for render, frame in zip(renders, truth, strict=True):
+        a, b = jnp.asarray(render[None], jnp.float32) / 255.0, jnp.asarray(frame[None])
+        values = [metrics.psnr(a, b), metrics.ssim(a, b)]
+        if params is not None:
+            values.append(_distance(params, images.to_network(a), images.to_network(b)))
+        rows.append([float(value[0]) for value in values])
+    means = np.mean(rows, axis=0)
+    found = dict(zip(("psnr", "ssim", "lpips"), means.tolist(), strict=False))
+    return {name: found.get(name) for name in ("psnr", "ssim", "lpips")}
+
+
+_distance = jax.jit(lpips.distance)
+
+
+def _lpips(net: Literal["vgg", "alex"], otherwise: str) -> lpips.LPIPSParams | None:
+    try:
+        return lpips_weights.load(net)
+    except lpips_weights.LPIPSUnavailable as error:
+        console.note(f"{error}; without them {otherwise}")
+        return None
+
+
+def _dtype() -> Any:
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
