@@ -98,7 +98,7 @@ def main(args: LegoArgs) -> None:
     )
     print(
         f"| {width} | {args.gaussians} | {args.steps * args.views} | {psnr:.2f} | {ssim:.4f} | "
-        f"{seconds:.1f} | {rate:.1f} | {raster.slots} | {jax.devices()[0].device_kind} |"
+        f"{seconds:.1f} | {rate:.1f} | {int(state.slots)} | {jax.devices()[0].device_kind} |"
     )
 
 

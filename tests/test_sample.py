@@ -9,9 +9,10 @@ import pytest
 import tiny_generator
 from PIL import Image
 
-from v3d_jax import console, errors, pipeline, sample
+from v3d_jax import console, errors, pipeline, sample, splatting
 from v3d_jax.data import preprocess
 from v3d_jax.diffusion.sampler import SamplingConfig
+from v3d_jax.splat import gaussians
 from v3d_jax.weights import folder
 
 FILES = {"input.png", "frames", "orbit.mp4", "transforms.json", "preview.png", "report.json"}
@@ -96,6 +97,23 @@ def test_command_line_gives_the_frames_of_the_pipeline(tmp_path, model, picture)
     orbit = jax.jit(pipeline.generate_orbit, static_argnums=0)
     expected = orbit(settings, loaded.params, jax.numpy.asarray(image), jax.random.key(5))
     assert np.abs(frames(path) - 255.0 * np.asarray(expected)).max() <= 0.6
+
+
+@pytest.mark.slow
+def test_splats_of_a_picture(tmp_path, model, picture, capsys):
+    given = splatting.SplatArgs(gaussians=60, fit_steps=10)
+    (path,) = sample.run(
+        arguments(model, picture, out=tmp_path / "out", stages="video,splats", splats=given)
+    )
+    assert "60 Gaussians" in capsys.readouterr().out
+    assert {file.name for file in path.iterdir()} == FILES | {"splats.ply", "splats.mp4"}
+    assert gaussians.load_ply(path / "splats.ply").means.shape == (60, 3)
+    report = json.loads((path / "report.json").read_text())
+    assert {"load", "decode", *splatting.STAGES} <= set(report["seconds"])
+    assert report["splats"]["psnr"] > 0
+    assert report["splats"]["lpips"] is None  # frames are too small for it
+    (alone,) = sample.run(arguments(model, picture, out=tmp_path / "alone"))
+    np.testing.assert_array_equal(frames(path), frames(alone))
 
 
 def test_same_seed_same_files(tmp_path, model, picture):

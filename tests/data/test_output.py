@@ -12,6 +12,7 @@ from PIL import Image
 from v3d_jax import errors
 from v3d_jax.data import output
 from v3d_jax.ops import camera
+from v3d_jax.splat import gaussians, start
 
 COUNT, SIZE = 6, 32
 
@@ -113,6 +114,43 @@ def test_contact_sheet_shows_input_and_every_frame(rgba):
     assert output.contact_sheet(image, frames[:1]).shape[0] < sheet.shape[0]
     large = np.zeros((18, 512, 512, 3), np.uint8)
     assert output.contact_sheet(image, large).shape[1] < 1600
+
+
+def test_contact_sheet_shows_renders_below_their_frames():
+    rng = np.random.default_rng(0)
+    colors = rng.integers(0, 200, (2, 4, 1, 1, 3), dtype=np.uint8)
+    frames, renders = np.broadcast_to(colors, (2, 4, 16, 20, 3)).copy()
+    sheet = output.contact_sheet(np.zeros((16, 20, 3), np.uint8), frames, renders)
+    for frame, render in zip(*colors[:, :, 0, 0], strict=True):
+        rows, columns = np.nonzero((sheet == frame).all(axis=-1))
+        below, same = np.nonzero((sheet == render).all(axis=-1))
+        assert (len(rows), sorted(columns)) == (16 * 20, sorted(same))
+        assert below.min() > rows.max()
+
+
+def test_splats_lie_beside_the_orbit_and_alone(tmp_path, rgba, frames, cameras):
+    rng = np.random.default_rng(0)
+    points = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
+    made = start.from_points(points, jnp.abs(points))
+    turn = np.full((12, SIZE, SIZE, 3), 90, np.uint8)
+    splats = output.Splats(made, frames[::-1], turn)
+    output.write(tmp_path / "a", rgba, frames, cameras, {}, splats)
+    output.write_reconstruction(tmp_path / "b", frames, splats, {"seed": 3})
+    alone = {"splats.ply", "splats.mp4", "preview.png", "report.json"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == alone
+    assert {path.name for path in (tmp_path / "a").iterdir()} == alone | {
+        "frames", "input.png", "orbit.mp4", "transforms.json",
+    }  # fmt: skip
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        again = gaussians.load_ply(folder / "splats.ply")
+        np.testing.assert_array_equal(again.means, made.means)
+        film = decode(folder / "splats.mp4", (SIZE, SIZE))
+        assert len(film) == 12
+        assert np.abs(film.astype(int) - 90).max() <= 3
+    # A later run without splats leaves none behind.
+    output.write(tmp_path / "a", rgba, frames, cameras, {})
+    assert not (tmp_path / "a" / "splats.ply").exists()
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["seed"] == 3
 
 
 def test_a_result_of_ours_is_replaced_whole(tmp_path, rgba, frames, cameras):
