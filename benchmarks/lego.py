@@ -66,7 +66,7 @@ def main(args: LegoArgs) -> None:
     _, gaussians = begin(whole, targets.images, targets.alpha, targets.cameras, start_key)
     height, width = given.images.shape[1:3]
     raster = rasterize.RasterConfig(width=width, height=height)
-    needed = jax.jit(fit.needed_slots, static_argnums=2)
+    needed = jax.jit(rasterize.needed_slots, static_argnums=2)
     slots = int(needed(gaussians, targets.cameras, raster)) * args.views
     told: list[tuple[int, float]] = []
     state, raster = fit.run(

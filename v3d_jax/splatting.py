@@ -213,7 +213,7 @@ def _begin(config: fit.FitConfig, frames: Frames, key: Array) -> tuple[cloud.Clo
     return jax.block_until_ready(begin(whole, pictures, masks, frames.cameras, key))
 
 
-_needed = jax.jit(fit.needed_slots, static_argnums=2)
+_needed = jax.jit(rasterize.needed_slots, static_argnums=2)
 _render = jax.jit(rasterize.rasterize, static_argnums=2)
 
 

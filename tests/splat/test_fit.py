@@ -116,7 +116,7 @@ def test_needed_slots_are_those_of_the_worst_view(targets):
     for view in range(fit_scene.VIEWS):
         lens = camera.Camera(*(part[view : view + 1] for part in targets.cameras))
         each.append(int(fit_scene.draw(fit_scene.cloud(0), lens, fit_scene.RASTER).slots))
-    found = fit.needed_slots(fit_scene.cloud(0), targets.cameras, fit_scene.RASTER)
+    found = fit.rasterize.needed_slots(fit_scene.cloud(0), targets.cameras, fit_scene.RASTER)
     assert int(found) == max(each) > min(each)
 
 

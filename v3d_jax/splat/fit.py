@@ -138,19 +138,6 @@ def gains(log_gain: Float[Array, "v 3"]) -> Float[Array, "v 3"]:
     return jnp.exp(log_gain - log_gain.mean(axis=0, keepdims=True))
 
 
-def needed_slots(
-    gaussians: Gaussians, cameras: camera.Camera, config: RasterConfig
-) -> Int32[Array, ""]:
-    """Capacity that the most demanding of the views needs, binned one at a time."""
-
-    def one(lens: camera.Camera) -> Array:
-        lens = camera.Camera(*(part[None] for part in lens))
-        projection = rasterize.project_gaussians(gaussians, lens, config)
-        return rasterize.bin_gaussians(gaussians, projection, config).total
-
-    return lax.map(one, cameras).max()
-
-
 def with_features(
     config: FitConfig, targets: Targets, perceptual: Perceptual | None, params: Any
 ) -> Targets:

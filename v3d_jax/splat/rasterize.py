@@ -105,6 +105,17 @@ def bin_gaussians(gaussians: Gaussians, projection: Projection, config: RasterCo
     return bin_splats(*fixed, (config.width, config.height), config.slots)
 
 
+def needed_slots(gaussians: Gaussians, views: Camera, config: RasterConfig) -> Int32[Array, ""]:
+    """Capacity that the most demanding of the views needs, binned one at a time."""
+
+    def one(lens: Camera) -> Array:
+        lens = Camera(*(part[None] for part in lens))
+        projection = project_gaussians(gaussians, lens, config)
+        return bin_gaussians(gaussians, projection, config).total
+
+    return lax.map(one, views).max()
+
+
 def with_room(
     config: RasterConfig, slots: int | Int32[Array, ""], slack: float = 1.1
 ) -> RasterConfig:
