@@ -63,7 +63,7 @@ def run(args: ReconstructArgs) -> Path:
         console.note(remark)
     frames = splatting.Frames(given.images, given.alpha, given.cameras, args.tolerated)
     made = splatting.reconstruct(args.splats, frames, args.seed, seconds)
-    shown = (views.on_white(given) * 255.0 + 0.5).astype(np.uint8)
+    shown = (views.on_white(given.images, given.alpha) * 255.0 + 0.5).astype(np.uint8)
     report = {
         "source": str(args.source),
         "views": len(given.images),

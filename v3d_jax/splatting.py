@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from v3d_jax import console, errors, pipeline
+from v3d_jax.data import views
 from v3d_jax.nn import lpips
 from v3d_jax.ops import camera, metrics
 from v3d_jax.ops import image as images
@@ -150,7 +151,7 @@ def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, f
         "carved": bool(begun.carved),
         "slots": raster.slots,
         "moved": int(state.moved),
-        **_scores(renders, _on_white(frames)),
+        **_scores(renders, views.on_white(frames.images, frames.alpha)),
     }
     return Result(gaussians, renders, film, report)
 
@@ -229,14 +230,6 @@ def _draw(
         frames.append((np.clip(color, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
         bar.update()
     return np.stack(frames)
-
-
-def _on_white(frames: Frames) -> Float[np.ndarray, "v h w 3"]:
-    pictures = frames.images.astype(np.float32) / np.float32(255.0)
-    if frames.alpha is None:
-        return pictures
-    alpha = frames.alpha[..., None].astype(np.float32) / np.float32(255.0)
-    return pictures * alpha + (np.float32(1.0) - alpha)
 
 
 def _scores(

@@ -3,8 +3,11 @@
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from v3d_jax import errors
+from v3d_jax.data import views
 from v3d_jax.ops import camera
 
 COUNT, WIDTH, HEIGHT = 4, 24, 16
@@ -28,17 +31,28 @@ def scene() -> Scene:
     return Scene(images, alpha, cameras, np.asarray(camera.to_opengl(cameras), np.float64))
 
 
-def frames(views: Scene, suffix: str = ".png", written: str | None = None) -> list[dict]:
+def frames(scene: Scene, suffix: str = ".png", written: str | None = None) -> list[dict]:
     """The "frames" of a transforms file whose pictures are images/0.png ..."""
     written = suffix if written is None else written
     return [
         {"file_path": f"images/{index}{written}", "transform_matrix": pose.tolist()}
-        for index, pose in enumerate(views.opengl)
+        for index, pose in enumerate(scene.opengl)
     ]
 
 
-def write_pictures(folder, views: Scene, suffix: str = ".png", *, alpha: bool = False) -> None:
+def write_pictures(folder, scene: Scene, suffix: str = ".png", *, alpha: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for index, (image, opacity) in enumerate(zip(views.images, views.alpha, strict=True)):
+    for index, (image, opacity) in enumerate(zip(scene.images, scene.alpha, strict=True)):
         pixels = np.concatenate([image, opacity[..., None]], -1) if alpha else image
         Image.fromarray(pixels).save(folder / f"{index}{suffix}")
+
+
+def refused(source, *parts: str) -> str:
+    """The one line that reading `source` is refused with; it has all `parts`."""
+    with pytest.raises(errors.UserError) as caught:
+        views.read(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return message

@@ -9,6 +9,7 @@ import numpy as np
 import posed_views
 import pytest
 from PIL import Image
+from posed_views import refused
 
 from v3d_jax import errors
 from v3d_jax.data import output, picture, views
@@ -34,16 +35,6 @@ def folder(tmp_path, scene):
 def write(folder, content, name="transforms.json"):
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
-
-
-def refused(source, *parts):
-    with pytest.raises(errors.UserError) as caught:
-        views.read(source)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    return message
 
 
 def assert_cameras(read, expected, atol=1e-6):
@@ -72,8 +63,8 @@ def test_nerf_synthetic(folder, scene):
     assert read.notes == ()
     a = scene.alpha[..., None] / 255.0
     expected = scene.images / 255.0 * a + 1.0 - a
-    np.testing.assert_allclose(views.on_white(read), expected, atol=1e-6)
-    assert views.on_white(read).dtype == np.float32
+    np.testing.assert_allclose(views.on_white(read.images, read.alpha), expected, atol=1e-6)
+    assert views.on_white(read.images, read.alpha).dtype == np.float32
 
 
 def test_nerfstudio_with_shared_intrinsics(folder, scene):
@@ -84,7 +75,9 @@ def test_nerfstudio_with_shared_intrinsics(folder, scene):
     intrinsics = np.float32([[30, 0, 11.5], [0, 31, 7.25], [0, 0, 1]])
     assert_cameras(read, scene.cameras._replace(intrinsics=jnp.stack([intrinsics] * 4)))
     assert read.alpha is None
-    np.testing.assert_array_equal(views.on_white(read), scene.images / np.float32(255))
+    np.testing.assert_array_equal(
+        views.on_white(read.images, read.alpha), scene.images / np.float32(255)
+    )
 
 
 def test_intrinsics_of_a_frame_go_before_those_of_the_file(folder, scene):

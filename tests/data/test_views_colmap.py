@@ -7,8 +7,8 @@ import numpy as np
 import posed_views
 import pytest
 from PIL import Image
+from posed_views import refused
 
-from v3d_jax import errors
 from v3d_jax.data import views
 
 IDS = {
@@ -100,15 +100,6 @@ def folder(tmp_path, scene):
     for image, name in zip(scene.images, NAMES, strict=True):
         Image.fromarray(image).save(root / "images" / name)
     return root
-
-
-def refused(source, *parts):
-    with pytest.raises(errors.UserError) as caught:
-        views.read(source)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 def test_both_encodings_give_the_same(folder, scene):

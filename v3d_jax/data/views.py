@@ -66,13 +66,15 @@ def read(source: str | os.PathLike, *, max_side: int = MAX_SIDE) -> Views:
     raise UserError(f"{path} is not one of the kinds that are read: give {_KINDS}")
 
 
-def on_white(views: Views) -> Float[np.ndarray, "v h w 3"]:
-    """The images in [0, 1], float32, composited on white where there is alpha."""
-    images = views.images.astype(np.float32) / np.float32(255.0)
-    if views.alpha is None:
-        return images
-    alpha = views.alpha[..., None].astype(np.float32) / np.float32(255.0)
-    return images * alpha + (np.float32(1.0) - alpha)
+def on_white(
+    images: UInt8[np.ndarray, "v h w 3"], alpha: UInt8[np.ndarray, "v h w"] | None
+) -> Float[np.ndarray, "v h w 3"]:
+    """Straight images in [0, 1], float32, composited on white where there is alpha."""
+    pictures = images.astype(np.float32) / np.float32(255.0)
+    if alpha is None:
+        return pictures
+    opacity = alpha[..., None].astype(np.float32) / np.float32(255.0)
+    return pictures * opacity + (np.float32(1.0) - opacity)
 
 
 def _from_files(

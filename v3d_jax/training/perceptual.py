@@ -32,14 +32,16 @@ class PerceptualConfig:
     net: Literal["vgg", "alex"] = "vgg"
 
 
-def load(config: PerceptualConfig) -> lpips.LPIPSParams | None:
+def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> lpips.LPIPSParams | None:
     """The network that the settings name, None if they ask for none.
 
-    Raises `UserError` where its weights are not installed: a loss without a term that was asked
-    for would train another model.
+    Raises `UserError` where frames of this height and width cannot be shrunk as asked, and where
+    the weights are not installed: a loss without its term would train another model.
     """
     if config.weight <= 0.0:
         return None
+    if config.shrink < 1 or any(side % config.shrink for side in frame_size):
+        raise errors.UserError(f"--perceptual.shrink {config.shrink}: must divide {frame_size}")
     try:
         return lpips_weights.load(config.net)
     except lpips_weights.LPIPSUnavailable as error:

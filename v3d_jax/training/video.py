@@ -94,7 +94,7 @@ def build(
 
     preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
 
-    frozen = Frozen(autoencoder_params, perceptual.load(perceptual_config))
+    frozen = Frozen(autoencoder_params, perceptual.load(perceptual_config, model.frame_size))
 
     def merged(params: Params, frozen: Frozen) -> generator.Generator:
         return pipeline.networks(settings, {**params, "autoencoder": frozen.autoencoder})
