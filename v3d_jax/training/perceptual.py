@@ -17,23 +17,25 @@ from v3d_jax import errors
 from v3d_jax.nn import lpips
 from v3d_jax.weights import lpips as lpips_weights
 
+Networks = tuple[lpips.LPIPSParams, ...]
+
 
 @dataclass(frozen=True)
 class PerceptualConfig:
     """`weight` of the term, 0 to leave it out; what it compares.
 
     Of every clip, `frames` random unseen frames are decoded, each alone, and compared at a
-    `shrink`-th of their width and height.
+    `shrink`-th of their width and height. With several `nets` their distances are added.
     """
 
     weight: float = 0.0
     frames: int = 2
     shrink: int = 2
-    net: Literal["vgg", "alex"] = "vgg"
+    nets: tuple[Literal["vgg", "alex"], ...] = ("vgg",)
 
 
-def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> lpips.LPIPSParams | None:
-    """The network that the settings name, None if they ask for none.
+def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> Networks | None:
+    """The networks that the settings name, None if they ask for none.
 
     Raises `UserError` where frames of this height and width cannot be shrunk as asked, and where
     the weights are not installed: a loss without its term would train another model.
@@ -42,14 +44,16 @@ def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> lpips.LPIPSPa
         return None
     if config.shrink < 1 or any(side % config.shrink for side in frame_size):
         raise errors.UserError(f"--perceptual.shrink {config.shrink}: must divide {frame_size}")
+    if not config.nets:
+        raise errors.UserError("--perceptual.nets: name vgg, alex or both")
     try:
-        return lpips_weights.load(config.net)
+        return tuple(lpips_weights.load(net) for net in config.nets)
     except lpips_weights.LPIPSUnavailable as error:
         raise errors.UserError(f"{error}, or leave out --perceptual.weight") from None
 
 
 def distance(
-    network: lpips.LPIPSParams,
+    networks: Networks,
     decode: Callable[[Array], Array],
     denoised: Float[Array, "b t h w c"],
     clean: Float[Array, "b t h w c"],
@@ -59,17 +63,19 @@ def distance(
 ) -> Float[Array, ""]:
     """Mean LPIPS between decoded frames; `decode` takes clips of unscaled latents.
 
-    The frames are the same for all clips; frame 0, the input view, is none of them. LPIPS runs in
-    `dtype`.
+    Each clip has its own frames; frame 0, the input view, is none of them. LPIPS runs in `dtype`.
     """
-    frames = 1 + jax.random.permutation(key, denoised.shape[1] - 1)[: config.frames]
+    clips, views = denoised.shape[:2]
+    unseen = jnp.tile(jnp.arange(1, views), (clips, 1))
+    frames = jax.random.permutation(key, unseen, axis=1, independent=True)[:, : config.frames]
 
     def chosen(latents: Float[Array, "b t h w c"]) -> Float[Array, "n H W 3"]:
-        one_frame_clips = latents[:, frames].reshape(-1, 1, *latents.shape[2:])
+        picked = jax.vmap(lambda clip, index: clip[index])(latents, frames)
+        one_frame_clips = picked.reshape(-1, 1, *latents.shape[2:])
         return _shrink(decode(one_frame_clips)[:, 0], config.shrink)
 
     images, target = chosen(denoised), jax.lax.stop_gradient(chosen(clean))
-    return jnp.mean(lpips.distance(network, images, target, dtype=dtype))
+    return sum(jnp.mean(lpips.distance(net, images, target, dtype=dtype)) for net in networks)
 
 
 def _shrink(images: Float[Array, "n h w 3"], factor: int) -> Float[Array, "n _ _ 3"]:

@@ -22,7 +22,7 @@ from v3d_jax.data import latents, loader, orbits
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion import loss as edm
 from v3d_jax.nn import autoencoder as autoencoders
-from v3d_jax.nn import clip, conditioner, generator, lpips, unet
+from v3d_jax.nn import clip, conditioner, generator, unet
 from v3d_jax.ops import image, metrics
 from v3d_jax.state import Metrics, Params
 from v3d_jax.training import autoencoder, objective, perceptual
@@ -61,7 +61,7 @@ class Frozen(NamedTuple):
     """Weights that training leaves alone."""
 
     autoencoder: Params
-    lpips: lpips.LPIPSParams | None
+    lpips: perceptual.Networks | None
 
 
 def build(
@@ -152,7 +152,7 @@ def video_loss(
     key: Key[Array, ""],
     loss_config: edm.LossConfig,
     condition_config: ConditionConfig,
-    compare: tuple[lpips.LPIPSParams, PerceptualConfig] | None = None,
+    compare: tuple[perceptual.Networks, PerceptualConfig] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower.
 
@@ -168,10 +168,10 @@ def video_loss(
         "loss_low": _mean_where(seen.clip_loss, ~noisy),
     }
     if compare is not None:
-        network, config = compare
+        networks, config = compare
         scale = model.config.autoencoder.scale_factor
         found["lpips"] = perceptual.distance(
-            network,
+            networks,
             model.autoencoder.decode,
             seen.denoised / scale,
             batch["latents"].astype(jnp.float32) / scale,
