@@ -42,9 +42,10 @@ def test_offsets_are_those_of_the_sorted_groups():
     np.testing.assert_array_equal(offsets, expected)
 
 
-def test_sort_is_stable_and_refuses_slow_keys():
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+def test_sort_is_stable_and_refuses_slow_keys(kind):
     rng = np.random.default_rng(2)
-    key = rng.integers(0, 20, 500).astype(np.uint32)
+    key = rng.integers(0, 20, 500).astype(kind)
     value = np.arange(500, dtype=np.int32)
     got = binning.sort_by_key(jnp.asarray(key), jnp.asarray(value))
     order = np.argsort(key, kind="stable")
@@ -111,13 +112,14 @@ def test_next_size_is_close_above(steps):
     assert binning.next_size(100, slack=1.5) >= 150
 
 
-def test_offsets_of_sorted_groups_with_empty_ones():
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+def test_offsets_of_sorted_groups_with_empty_ones(kind):
     rng = np.random.default_rng(4)
     for count in (300, 5):
-        groups = np.sort(rng.integers(0, 40, count)).astype(np.uint32)  # 35 and above are left out
+        groups = np.sort(rng.integers(0, 40, count)).astype(kind)  # 35 and above are left out
         offsets = jax.jit(binning.sorted_offsets, static_argnums=1)(jnp.asarray(groups), 35)
         np.testing.assert_array_equal(offsets, np.searchsorted(groups, np.arange(36)))
-    none = binning.sorted_offsets(jnp.full(4, 9, jnp.uint32), 3)
+    none = binning.sorted_offsets(jnp.full(4, 9, kind), 3)
     np.testing.assert_array_equal(none, [0, 0, 0, 0])
 
 

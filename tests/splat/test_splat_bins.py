@@ -95,3 +95,24 @@ def test_lists_run_from_front_to_back():
     assert (slot >= np.asarray(found.run_start)[rank]).all()
     assert (slot < np.asarray(found.run_end)[rank]).all()
     assert len(set(slot)) == len(slot)
+
+
+def test_keys_of_16_and_32_bits_list_the_same():
+    rng = np.random.default_rng(2)
+    projection, log_opacity = random_ellipses(rng, 300)
+    width = 8 * 2048
+    # 32 rows of 2048 tiles and no tile: one more than 16 bits hold; 31 rows: fewer
+    tall, flat = (
+        jax.jit(functools.partial(bins.bin_splats, size=(width, height), capacity=1 << 17))(
+            projection, log_opacity
+        )
+        for height in (256, 248)
+    )
+    assert int(tall.total) > int(flat.total) > 1000
+    tiles = 31 * 2048
+    assert bins.MOST_SHORT > tiles
+    assert bins.MOST_SHORT < 32 * 2048
+    np.testing.assert_array_equal(tall.offsets[: tiles + 1], flat.offsets)
+    last = int(flat.offsets[-1])
+    ranks = (np.asarray(found.order)[np.asarray(found.rank[:last])] for found in (tall, flat))
+    np.testing.assert_array_equal(*ranks)

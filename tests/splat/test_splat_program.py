@@ -43,16 +43,19 @@ def step(config, gaussians, camera, background):
     return jax.grad(loss, argnums=(0, 1))(gaussians, background)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_sorts_scatters_and_types(unroll):
-    config = rasterize.RasterConfig(width=96, height=80, slots=1 << 14, unroll=unroll)
+@pytest.mark.parametrize(
+    ("unroll", "height", "tile"), [(False, 80, np.uint16), (True, 1 << 16, np.uint32)]
+)
+def test_sorts_scatters_and_types(unroll, height, tile):
+    config = rasterize.RasterConfig(width=96, height=height, slots=1 << 14, unroll=unroll)
     traced = jax.make_jaxpr(functools.partial(step, config))(*shapes(2, 400, 3))
     found = list(equations(traced.jaxpr))
     assert len(found) > 500
     sorts = [e for e in found if e.primitive.name == "sort"]
     assert len(sorts) == 2
-    for e in sorts:  # one unsigned key with one payload: what XLA hands to a GPU's radix sort
-        assert [v.aval.dtype for v in e.invars] == [np.uint32, np.int32]
+    # one unsigned key with one payload: what XLA hands to a GPU's radix sort
+    for e, key in zip(sorts, (np.uint32, tile), strict=True):
+        assert [v.aval.dtype for v in e.invars] == [key, np.int32]
         assert e.params["num_keys"] == 1
         assert e.invars[0].aval.ndim == 1
     scatters = [e for e in found if e.primitive.name.startswith("scatter")]

@@ -3,7 +3,7 @@
 Rasterizers turn every face or splat into a data-dependent number of (primitive, tile) slots. All
 shapes here are static: a capacity is given, what does not fit is dropped, and the true total is
 returned so that the caller can report it. Nothing searches: offsets come from cumulative sums and
-one scatter, and sorts take one uint32 key, which is what a GPU sorts by radix.
+one scatter, and sorts take one unsigned key, which is what a GPU sorts by radix.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt, UInt32
 
 INT32_MAX = 2**31 - 1
 
@@ -69,14 +69,15 @@ def group_offsets(
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(histogram)])
 
 
-def sorted_offsets(groups: UInt32[Array, "n"], num_groups: int) -> Int32[Array, "g"]:
+def sorted_offsets(groups: UInt[Array, "n"], num_groups: int) -> Int32[Array, "g"]:
     """`group_offsets` of groups that are sorted already, without an atomic a slot.
 
     Every slot that begins a group writes its position; groups with no slots take the next one's.
+    `num_groups` must fit the groups' type: it is the value of what lies outside.
     """
     n = groups.shape[0]
     slot = jnp.arange(n, dtype=jnp.int32)
-    before = jnp.concatenate([jnp.full(1, num_groups, jnp.uint32), groups[:-1]])
+    before = jnp.concatenate([jnp.full(1, num_groups, groups.dtype), groups[:-1]])
     begins = (groups != before) & (groups < num_groups)
     num_slots = jnp.sum(groups < num_groups, dtype=jnp.int32)
     # Dropped writes go to distinct places too: then no two meet and the scatter needs no atomics.
@@ -145,14 +146,14 @@ def run_scan(
     return lax.associative_scan(step, (values, head[:, None]), reverse=reverse, axis=0)[0]
 
 
-def sort_by_key(key: UInt32[Array, "n"], *values: Array) -> tuple[Array, ...]:
-    """Stable ascending sort of (key, *values) by the key alone.
+def sort_by_key(key: UInt[Array, "n"], *values: Array) -> tuple[Array, ...]:
+    """Stable ascending sort of (key, *values) by the key alone, which is uint16 or uint32.
 
     Raises TypeError for any other key type: two keys or float keys cost a GPU 10 to 20 times more
     than its radix sort of one unsigned key.
     """
-    if key.dtype != jnp.uint32:
-        raise TypeError(f"sort keys must be uint32, not {key.dtype}")
+    if key.dtype not in (jnp.uint16, jnp.uint32):
+        raise TypeError(f"sort keys must be uint16 or uint32, not {key.dtype}")
     return tuple(lax.sort((key, *values), num_keys=1, is_stable=True))
 
 
