@@ -99,6 +99,6 @@ def test_moments_move_the_origin():
         return np.stack([np.sum(g * term, axis=1) for term in terms], axis=1)
 
     zero = np.zeros(4)
-    sums = jnp.asarray(about(zero, zero), jnp.float32)
+    sums = list(jnp.asarray(about(zero, zero).T, jnp.float32))
     moved = chunk.moments(sums, jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
     np.testing.assert_allclose(np.stack(moved, 1), about(x, y), rtol=1e-4, atol=1e-3)

@@ -173,6 +173,7 @@ def gradient(
     `behind` is what the later chunks and the background add to the loss on each pixel.
     """
     channels = len(cotangents)
+    size = SHAPE + channels
     splats = features(unroll, table, chunk, channels)
 
     def forth(t: Array, splat: Splat) -> tuple[Array, Array]:
@@ -186,7 +187,9 @@ def gradient(
         # zero where the cap or the cut holds alpha, and where the pixel was finished
         slope = jnp.where((after > 0.0) & (bare <= ALPHA_MAX), slope * value, 0.0)
         found = (slope, weight)
-        return s + weight * q, found if unroll else _reduce(*found, cotangents)
+        if not unroll:
+            found = jnp.stack(_reduce(*found, cotangents, splat[0][:, 0], splat[1][:, 0]), axis=1)
+        return s + weight * q, found
 
     _, t = each(forth, _begin(start), splats, unroll)
     _, found = each(back, behind, splats, unroll, t)
@@ -194,14 +197,21 @@ def gradient(
         return jnp.moveaxis(found, 0, 1)
     # Without the barrier a compiler may repeat the chain inside the sums over pixels.
     found = lax.optimization_barrier(found)
-    return jnp.stack([_reduce(slope, weight, cotangents) for slope, weight in found], axis=1)
+    centre = table.reshape(-1, CHUNK, size)[chunk, :, :2]
+    sums = [
+        column
+        for k, (slope, weight) in enumerate(found)
+        for column in _reduce(slope, weight, cotangents, centre[:, k, 0], centre[:, k, 1])
+    ]
+    # One below the other, so that neighbouring threads of a GPU copy from the same array, then
+    # turned around; the barrier keeps these two apart.
+    sums = lax.optimization_barrier(jnp.stack(sums))
+    return sums.T.reshape(-1, CHUNK, size)
 
 
-def moments(
-    sums: Float[Array, "*n 6"], x: Float[Array, "*n"], y: Float[Array, "*n"]
-) -> list[Float[Array, "*n"]]:
+def moments(sums: list[Float[Array, "*n"]], x: Array, y: Array) -> list[Float[Array, "*n"]]:
     """Sums of G, G dx, G dy, G dx^2, G dx dy, G dy^2 from those around the centre of the tile."""
-    g, gu, gv, guu, guv, gvv = (sums[..., i] for i in range(6))
+    g, gu, gv, guu, guv, gvv = sums
     gx, gy = gu - x * g, gv - y * g
     return [g, gx, gy, guu - x * (gu + gx), guv - x * gv - y * gx, gvv - y * (gv + gy)]
 
@@ -217,8 +227,11 @@ def _advance(t: Array, value: Array) -> tuple[Array, Array]:
     return jnp.where(live, value * t, 0.0), jnp.where(live, after, -jnp.abs(t))
 
 
-def _reduce(slope: Array, weight: Array, cotangents: tuple[Array, ...]) -> Array:
+def _reduce(
+    slope: Array, weight: Array, cotangents: tuple[Array, ...], x: Array, y: Array
+) -> list[Array]:
+    """What a splat at (x, y) adds up to over the pixels: `moments`, then one sum a channel."""
     u, v = pixels()
-    terms = [slope * m for m in (1.0, u, v, u * u, u * v, v * v)]
-    terms += [weight * cotangent for cotangent in cotangents]
-    return jnp.stack([jnp.sum(term, axis=1) for term in terms], axis=1)
+    sums = [jnp.sum(slope * m, axis=1) for m in (1.0, u, v, u * u, u * v, v * v)]
+    colors = [jnp.sum(weight * cotangent, axis=1) for cotangent in cotangents]
+    return [*moments(sums, x, y), *colors]

@@ -61,19 +61,22 @@ class _Live(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def composite(
-    layout: Layout, features: Float[Array, "n f"], bins: Bins
+    layout: Layout, fields: tuple[Float[Array, "n"], ...], bins: Bins
 ) -> tuple[Float[Array, "d g p"], Float[Array, "g p"]]:
     """Channels, and the transmittance left behind them, of every pixel of every tile.
 
-    `features` are pixel x, y, half the conic's xx, its xy, half its yy, log opacity, then the
+    `fields` are pixel x, y, half the conic's xx, its xy, half its yy, log opacity, then the
     channels. Differentiable in them by `custom_vjp`; sums are ordered, so gradients repeat bit for
     bit.
     """
-    return _forward(layout, features, bins)[0]
+    return _forward(layout, fields, bins)[0]
 
 
-def _forward(layout: Layout, features: Array, bins: Bins) -> tuple[Any, Any]:
-    channels = features.shape[1] - SHAPE
+def _forward(layout: Layout, fields: tuple[Array, ...], bins: Bins) -> tuple[Any, Any]:
+    channels = len(fields) - SHAPE
+    # Without the barrier whatever made the fields may become a part of stacking them, where
+    # neighbouring threads of a GPU write different fields: each would go through all branches.
+    features = jnp.stack(lax.optimization_barrier(fields), axis=1)
     cut = _cut(layout, features, bins)
     start = _transmittance(layout, channels, cut)
     live = _find_live(cut, start)
@@ -102,19 +105,21 @@ def _composite_block(channels: int, unroll: bool, *arrays: Array) -> chunks.Comp
     return chunks.composite(unroll, channels, *arrays)
 
 
-def _backward(layout: Layout, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, None]:
+def _backward(
+    layout: Layout, saved: Any, cotangents: tuple[Array, Array]
+) -> tuple[tuple[Array, ...], None]:
     features, bins, cut, live, start, parts, left = saved
     channels = features.shape[1] - SHAPE
     v_channels, v_left = cotangents
     tile = cut.tile[live.chunk]
     ahead = sum(v_channels[d][tile] * parts[d] for d in range(channels))
     alive = (jnp.arange(tile.shape[0]) < live.count)[:, None]
-    ahead = jnp.where(alive, ahead, 0.0)
+    ahead = lax.optimization_barrier(jnp.where(alive, ahead, 0.0))
     # What later chunks add: the inclusive scan of the next chunk of the same tile. (Subtracting a
     # chunk's own share from its inclusive scan would cancel.)
     next_tile = jnp.concatenate([tile[1:], jnp.full(1, -1, tile.dtype)])
     same = (next_tile == tile)[:, None]
-    behind = binning.run_scan(jnp.add, ahead, ~same[:, 0], reverse=True)
+    behind = lax.optimization_barrier(binning.run_scan(jnp.add, ahead, ~same[:, 0], reverse=True))
     behind = jnp.where(same, jnp.roll(behind, -1, axis=0), 0.0) + (left * v_left)[tile]
 
     size = SHAPE + channels
@@ -129,9 +134,6 @@ def _backward(layout: Layout, saved: Any, cotangents: tuple[Array, Array]) -> tu
             *(cut.table, index, _rows(start, at, layout.block), _rows(behind, at, layout.block)),
             tuple(v[of_tile] for v in v_channels),
         )
-        splats = cut.table[index].reshape(-1, CHUNK, size)
-        own = chunks.moments(found[..., :SHAPE], splats[..., 0], splats[..., 1])
-        found = jnp.concatenate([jnp.stack(own, axis=-1), found[..., SHAPE:]], axis=-1)
         number = at + jnp.arange(layout.block, dtype=jnp.int32)
         padding = capacity + number[:, None] * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)[None]
         used = (number < live.count)[:, None] & (cut.slot[index] < capacity)
@@ -141,13 +143,14 @@ def _backward(layout: Layout, saved: Any, cotangents: tuple[Array, Array]) -> tu
     slots = jnp.zeros((capacity, size), features.dtype)
     slots = _loop(one_block, live.count, layout.block, slots)
     tiles = layout.rows * layout.columns
-    owners = binning.run_sums(slots, bins.run_start, bins.run_end, tiles)
+    # The barrier, or a GPU would search the tree anew for every product below.
+    owners = lax.optimization_barrier(binning.run_sums(slots, bins.run_start, bins.run_end, tiles))
     g, gx, gy, gxx, gxy, gyy = (owners[:, i] for i in range(SHAPE))
     half_xx, xy, half_yy = (features[bins.order, i] for i in (2, 3, 4))
     own = (2 * half_xx * gx + xy * gy, xy * gx + 2 * half_yy * gy, -gxx, -gxy, -gyy, g)
     owners = jnp.concatenate([jnp.stack(own, axis=1), owners[:, SHAPE:]], axis=1)
     result = jnp.zeros_like(features).at[bins.order].set(owners, unique_indices=True)
-    return result, None
+    return tuple(result[:, i] for i in range(size)), None
 
 
 composite.defvjp(_forward, _backward)
@@ -173,14 +176,12 @@ def _cut(layout: Layout, features: Array, bins: Bins) -> _Chunks:
     place = tile % (layout.rows * layout.columns)
     x = (place % layout.columns) * TILE + 0.5 * TILE
     y = (place // layout.columns) * TILE + 0.5 * TILE
-    fields = [
-        splats[..., 0] - x[:, None],
-        splats[..., 1] - y[:, None],
-        *(splats[..., i] for i in (2, 3, 4)),
-        jnp.where(there, splats[..., 5], HIDDEN),
-        *(splats[..., i] for i in range(SHAPE, features.shape[1])),
-    ]
-    table = jnp.stack(fields, axis=-1).reshape(needed, -1)
+    # Whole rows at once: stacked columns would have a GPU's threads take a branch for each.
+    column = jnp.arange(features.shape[1])[None, None]
+    centre = jnp.where(column == 0, x[:, None, None], y[:, None, None])
+    table = splats - jnp.where(column < 2, centre, 0.0)
+    table = jnp.where(there[..., None] | (column != SHAPE - 1), table, HIDDEN)
+    table = table.reshape(needed, -1)
     slot = jnp.where(there, bins.slot[index], capacity + number[:, None] * CHUNK + k)
     first = number == offsets[tile]
     last = number == offsets[tile + 1] - 1
@@ -199,7 +200,8 @@ def _transmittance(layout: Layout, channels: int, cut: _Chunks) -> Float[Array, 
 
     through = jnp.ones((cut.table.shape[0], PIXELS), cut.table.dtype)
     through = _loop(one_block, cut.total, layout.block, through)
-    through = binning.run_scan(jnp.multiply, through, cut.first)
+    # The barrier, or whatever takes the result would each compute the scan's last levels.
+    through = lax.optimization_barrier(binning.run_scan(jnp.multiply, through, cut.first))
     return jnp.where(cut.first[:, None], 1.0, jnp.roll(through, 1, axis=0))
 
 

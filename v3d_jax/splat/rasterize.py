@@ -74,9 +74,9 @@ def rasterize(
     fields = [p.mean_x, p.mean_y, 0.5 * p.conic_xx, p.conic_xy, 0.5 * p.conic_yy]
     fields += [jnp.broadcast_to(log_opacity, p.depth.shape)]
     fields += [*(shown[..., i] for i in range(3)), p.depth]
-    features = jnp.stack([field.reshape(-1) for field in fields], axis=1)
     layout = Layout(rows, columns, _block(config, camera), config.unroll)
-    channels, left = composite(layout, features, bins)
+    fields = tuple(field.reshape(-1) for field in fields)
+    channels, left = composite(layout, fields, bins)
     image = _to_image(jnp.concatenate([channels, left[None]]), config)
     color, depth, left = image[..., :3], image[..., 3], image[..., 4]
     alpha = 1.0 - left
