@@ -9,23 +9,33 @@ Three scenes of 100,000 Gaussians on V3D's orbit at 512 x 512 pixels:
 For 1, 4 and 18 views in one call it prints one table row each: median milliseconds of the forward
 pass, of forward and backward, and of binning alone, after warm-up; slots; megabytes of temporaries
 of the gradient; and, where gsplat and a CUDA device are there, gsplat's two times on the same
-inputs in the same process (the faster of packed and not) with the ratios ours / gsplat. Run
-`python benchmarks/splat_raster.py`; on a CPU, `--splats 2000 --size 128 --repeats 3`.
+inputs in the same process (the faster of packed and not) with the ratios ours / gsplat. Then the
+stages of binning at the most views (`--parts`), and with `--kernels FOLDER` where every kernel's
+time goes. `--blocks` takes several sizes of `RasterConfig.block`. All programs are compiled side by
+side first. Run `python benchmarks/splat_raster.py`; on a CPU, `--splats 2000 --size 128 --repeats
+3 --views 1 4`.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import gpu_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v3d_jax.ops import binning
 from v3d_jax.ops import camera as cameras
+from v3d_jax.splat import bin as bins
 from v3d_jax.splat import gaussians as splats
 from v3d_jax.splat import rasterize
 from v3d_jax.splat.gaussians import Gaussians
@@ -78,40 +88,91 @@ def median_ms(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int)
     return 1e3 * statistics.median(taken)
 
 
-def time_ours(
-    gaussians: Gaussians, camera: cameras.Camera, size: int, repeats: int
-) -> dict[str, float]:
-    background = jnp.ones(3)
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(size, size, 3)), jnp.float32)
-    config = rasterize.RasterConfig(width=size, height=size, slots=1)
+class Case(NamedTuple):
+    """One scene seen by so many cameras."""
 
-    def bins(config: rasterize.RasterConfig, gaussians: Gaussians, camera: cameras.Camera) -> Any:
-        projection = rasterize.project_gaussians(gaussians, camera, config)
-        return rasterize.bin_gaussians(gaussians, projection, config)
+    kind: str
+    gaussians: Gaussians
+    camera: cameras.Camera
 
-    needed = jax.jit(functools.partial(bins, config))(gaussians, camera).total
-    config = rasterize.with_room(config, needed, slack=1.0)
+    @property
+    def views(self) -> int:
+        """How many cameras."""
+        return len(self.camera.intrinsics)
+
+
+def binned(
+    config: rasterize.RasterConfig, gaussians: Gaussians, camera: cameras.Camera
+) -> bins.Bins:
+    projection = rasterize.project_gaussians(gaussians, camera, config)
+    return rasterize.bin_gaussians(gaussians, projection, config)
+
+
+def passes(config: rasterize.RasterConfig) -> dict[str, Callable[..., Any]]:
+    """What a row times, as functions of Gaussians and cameras."""
+    size = config.width
+    weights = np.random.default_rng(1).normal(size=(size, size, 3)).astype(np.float32)
 
     def forward(gaussians: Gaussians, camera: cameras.Camera) -> jax.Array:
-        return rasterize.rasterize(gaussians, camera, config, background).color
+        return rasterize.rasterize(gaussians, camera, config, jnp.ones(3)).color
 
     def loss(gaussians: Gaussians, camera: cameras.Camera) -> jax.Array:
         return jnp.sum(forward(gaussians, camera) * weights[None])
 
-    gradient = jax.jit(jax.grad(loss)).lower(gaussians, camera).compile()
-    programs = {
-        "forward": jax.jit(forward),
-        "both": gradient,
-        "binning": jax.jit(functools.partial(bins, config)),
+    return {
+        "forward": forward,
+        "both": jax.grad(loss),
+        "binning": functools.partial(binned, config),
     }
-    result = {
-        name: median_ms(
-            functools.partial(program, gaussians, camera), jax.block_until_ready, repeats
-        )
-        for name, program in programs.items()
-    }
-    memory = gradient.memory_analysis().temp_size_in_bytes / 1e6
-    return result | {"slots": float(needed), "memory": memory}
+
+
+def stages(config: rasterize.RasterConfig) -> dict[str, Callable[..., Any]]:
+    """Binning up to and including each of its stages (`bin.bin_splats`)."""
+    size, capacity = (config.width, config.height), config.slots
+
+    def upto(stage: int, gaussians: Gaussians, camera: cameras.Camera) -> Any:
+        projection = rasterize.project_gaussians(gaussians, camera, config)
+        if stage == 0:
+            return projection
+        order, distance = bins.by_depth(projection, jax.nn.log_sigmoid(gaussians.opacity_logits))
+        if stage == 1:
+            return order, distance, projection[:7]
+        boxes = bins.boxes_in_order(projection, order, distance, size)
+        if stage == 2:
+            return boxes
+        runs = binning.expand(boxes.count, capacity)
+        if stage == 3:
+            return boxes, runs
+        views, count = projection.depth.shape
+        key = bins.tile_keys(boxes, runs, order // count, views, size)
+        if stage == 4:
+            return key, runs.owner
+        tile, slot = binning.sort_by_key(key, jnp.arange(capacity, dtype=jnp.int32))
+        if stage == 5:
+            return tile, slot, runs.owner
+        rows, columns = bins.grid(*size)
+        return binning.sorted_offsets(tile, views * rows * columns), slot, runs.owner
+
+    names = ["project", "sort by depth", "gather, boxes", "expand", "tile test", "sort by tile"]
+    names.append("offsets")
+    found = {name: functools.partial(upto, stage) for stage, name in enumerate(names)}
+    return found | {"owners of slots: all": functools.partial(binned, config)}
+
+
+def compile_all(jobs: dict[Any, tuple[Callable[..., Any], Case]], workers: int) -> dict[Any, Any]:
+    """Programs of all jobs, compiled by several threads."""
+
+    def one(job: tuple[Callable[..., Any], Case]) -> Any:
+        function, case = job
+        return jax.jit(function).lower(case.gaussians, case.camera).compile()
+
+    with futures.ThreadPoolExecutor(workers) as pool:
+        return dict(zip(jobs, pool.map(one, jobs.values()), strict=True))
+
+
+def time_program(program: Any, case: Case, repeats: int) -> float:
+    call = functools.partial(program, case.gaussians, case.camera)
+    return median_ms(call, jax.block_until_ready, repeats)
 
 
 def time_gsplat(
@@ -159,35 +220,110 @@ def time_gsplat(
     return {"forward": best(no_gradient), "both": best(both)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--splats", type=int, default=100_000)
-    parser.add_argument("--size", type=int, default=512, help="pixels, width and height")
-    parser.add_argument("--views", type=int, nargs="+", default=[1, 4, 18])
-    parser.add_argument("--scenes", nargs="+", default=["blob", "fitted", "shell"])
-    parser.add_argument("--repeats", type=int, default=50)
-    options = parser.parse_args()
+def print_rows(
+    cases: list[Case],
+    configs: dict[Any, rasterize.RasterConfig],
+    programs: dict[Any, Any],
+    options: argparse.Namespace,
+) -> None:
     device = jax.devices()[0].device_kind
-    print(
-        "| scene | views | device | forward | + backward | binning | slots | MB | gsplat | ratio |"
-    )
-    for kind in options.scenes:
-        gaussians = scene(kind, options.splats)
-        for views in options.views:
-            camera = cameras.orbit(views, width=options.size, height=options.size)
-            ours = time_ours(gaussians, camera, options.size, options.repeats)
-            peer = time_gsplat(gaussians, camera, options.size, options.repeats)
+    columns = ["scene", "views", "block", "device", "forward", "+ backward", "binning", "slots"]
+    columns += ["MB", "gsplat", "ratio"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    begun = time.perf_counter()
+    for case in cases:
+        where = (case.kind, case.views)
+        if time.perf_counter() - begun > options.budget:
+            print(f"| {case.kind} | {case.views} | left out: over {options.budget:.0f} s |")
+            continue
+        peer = time_gsplat(case.gaussians, case.camera, options.size, options.repeats)
+        for block in options.blocks:
+            ours = {
+                name: time_program(programs[*where, block, name], case, options.repeats)
+                for name in ("forward", "both", "binning")
+            }
+            memory = programs[*where, block, "both"].memory_analysis().temp_size_in_bytes / 1e6
             beside = "not run | - |"
             if peer:
                 ratios = [ours[name] / peer[name] for name in ("forward", "both")]
                 beside = f"{peer['forward']:.2f} / {peer['both']:.2f} ms"
                 beside += f" | {ratios[0]:.2f} / {ratios[1]:.2f} |"
             print(
-                f"| {kind} | {views} | {device} | {ours['forward']:.2f} ms"
+                f"| {case.kind} | {case.views} | {block} | {device} | {ours['forward']:.2f} ms"
                 f" | {ours['both']:.2f} ms | {ours['binning']:.2f} ms"
-                f" | {ours['slots']:,.0f} | {ours['memory']:,.0f} | {beside}",
+                f" | {configs[where].slots:,.0f} | {memory:,.0f} | {beside}",
                 flush=True,
             )
+
+
+def print_parts(case: Case, programs: dict[Any, Any], repeats: int) -> None:
+    print(f"\n| binning, {case.kind}, {case.views} views | ms up to here | ms of this stage |")
+    print("|---|---|---|")
+    before = 0.0
+    for name, program in programs.items():
+        taken = time_program(program, case, repeats)
+        print(f"| {name} | {taken:.3f} | {taken - before:.3f} |", flush=True)
+        before = taken
+
+
+def print_kernels(case: Case, names: dict[str, Any], folder: Path) -> None:
+    """Times of kernels, and the programs' text, in which their names are found, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in names.items():
+        title = f"{name}, {case.kind}, {case.views} views"
+        (folder / f"{name}_{case.kind}_{case.views}.txt").write_text(program.as_text())
+        call = functools.partial(program, case.gaussians, case.camera)
+        try:
+            print(f"\n{gpu_kernels.table(title, gpu_kernels.kernel_times(call, 5))}", flush=True)
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            print(f"\n{title}: no profile: {error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--splats", type=int, default=100_000)
+    parser.add_argument("--size", type=int, default=512, help="pixels, width and height")
+    parser.add_argument("--views", type=int, nargs="+", default=[1, 4, 18])
+    parser.add_argument("--scenes", nargs="+", default=["blob", "fitted", "shell"])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[rasterize.RasterConfig.block])
+    parser.add_argument("--parts", nargs="*", default=["shell"], help="scenes whose stages to time")
+    parser.add_argument("--kernels", type=Path, help="folder; times every kernel of the last case")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--budget", type=float, default=90, help="seconds of timing, then no rows")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that compile")
+    options = parser.parse_args()
+    cases = [
+        Case(kind, gaussians, cameras.orbit(views, width=options.size, height=options.size))
+        for kind, gaussians in ((kind, scene(kind, options.splats)) for kind in options.scenes)
+        for views in options.views
+    ]
+    bare = rasterize.RasterConfig(width=options.size, height=options.size, slots=1)
+    count = jax.jit(lambda *arrays: binned(bare, *arrays).total)
+    configs, jobs = {}, {}
+    for case in cases:
+        where = (case.kind, case.views)
+        needed = count(case.gaussians, case.camera)
+        configs[where] = rasterize.with_room(bare, needed, slack=1.0)
+        for block in options.blocks:
+            config = dataclasses.replace(configs[where], block=block)
+            for name, function in passes(config).items():
+                jobs[*where, block, name] = (function, case)
+        if case.kind in options.parts and case.views == max(options.views):
+            for name, function in stages(configs[where]).items():
+                jobs[*where, "parts", name] = (function, case)
+    begun = time.perf_counter()
+    programs = compile_all(jobs, options.workers)
+    print(f"{len(jobs)} programs compiled in {time.perf_counter() - begun:.0f} s", flush=True)
+    print_rows(cases, configs, programs, options)
+    for case in cases:
+        where = (case.kind, case.views, "parts")
+        parts = {key[3]: program for key, program in programs.items() if key[:3] == where}
+        if parts:
+            print_parts(case, parts, options.repeats)
+    if options.kernels is not None:
+        where = (cases[-1].kind, cases[-1].views, options.blocks[0])
+        names = {key[3]: program for key, program in programs.items() if key[:3] == where}
+        print_kernels(cases[-1], names, options.kernels)
 
 
 if __name__ == "__main__":
