@@ -79,7 +79,8 @@ def main(args: LegoArgs) -> None:
         if args.save is not None:
             _save(args.save / name, fitted.renders, truth)
 
-    report("ours", splat_fits.ours(config, targets, start, lenses, key, block=args.block))
+    raster = splat_fits.capacity(config, [(targets, start)], args.block)
+    report("ours", splat_fits.ours(config, targets, start, lenses, key, raster=raster))
     alone = replace(config, views=1, steps=args.steps * args.views)
     for strategy in splat_fits.peers(list(args.peers)):
         fitted = gsplat_peer.run(strategy, alone, targets, start, lenses, seed=args.seed)

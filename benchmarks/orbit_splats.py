@@ -139,10 +139,12 @@ def main(args: OrbitArgs) -> None:
         short = orbit.name.rsplit("/", 1)[-1]
         print(splat_fits.row(short, name, args.steps, fitted, scores), flush=True)
 
-    for orbit in orbits:
-        start, key, _ = splat_fits.begin(config, orbit.targets, args.seed)
+    begun = [splat_fits.begin(config, orbit.targets, args.seed) for orbit in orbits]
+    starts = [(orbit.targets, start) for orbit, (start, *_) in zip(orbits, begun, strict=True)]
+    raster = splat_fits.capacity(config, starts, args.block)
+    for orbit, (start, key, _) in zip(orbits, begun, strict=True):
         scene = (orbit.targets, start, orbit.held)
-        made = splat_fits.ours(config, *scene, key, lpips_params=weights, block=args.block)
+        made = splat_fits.ours(config, *scene, key, raster=raster, lpips_params=weights)
         report(orbit, "ours", made)
         for strategy in strategies:
             made = gsplat_peer.run(strategy, alone, *scene, seed=args.seed, lpips_params=weights)

@@ -86,6 +86,25 @@ def begin(
     return gaussians, fit_key, time.perf_counter() - start
 
 
+def capacity(
+    config: fit.FitConfig,
+    starts: list[tuple[fit.Targets, Gaussians]],
+    block: int | None,
+) -> rasterize.RasterConfig:
+    """One configuration with room for the fits of all `starts`, and for their growth.
+
+    Fits with the same one share their compiled programs. `block` is `RasterConfig`'s, or None for
+    its default.
+    """
+    height, width = starts[0][0].images.shape[1:3]
+    raster = rasterize.RasterConfig(width=width, height=height)
+    if block is not None:
+        raster = dataclasses.replace(raster, block=block)
+    needed = max(int(_needed(gaussians, to.cameras, raster)) for to, gaussians in starts)
+    slots = binning.next_size(needed * config.views, slack=1.5, steps=8)
+    return dataclasses.replace(raster, slots=slots)
+
+
 def ours(
     config: fit.FitConfig,
     targets: fit.Targets,
@@ -93,21 +112,11 @@ def ours(
     held: camera.Camera,
     key: jax.Array,
     *,
+    raster: rasterize.RasterConfig,
     lpips_params: Any = None,
-    block: int | None = None,
 ) -> Fitted:
-    """Our fit from `gaussians`, and its renders of the held-out cameras on white.
-
-    `block` is `RasterConfig`'s. Capacities are powers of two, so that fits of one size share their
-    compiled programs.
-    """
-    height, width = targets.images.shape[1:3]
-    raster = rasterize.RasterConfig(width=width, height=height)
-    if block is not None:
-        raster = dataclasses.replace(raster, block=block)
+    """Our fit from `gaussians`, and its renders of the held-out cameras on white."""
     start = time.perf_counter()
-    slots = int(_needed(gaussians, targets.cameras, raster)) * config.views
-    raster = dataclasses.replace(raster, slots=binning.next_size(slots, slack=1.2, steps=1))
     network = None
     if config.loss.lpips:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -129,7 +138,9 @@ def ours(
     spent = max(told[-1][1] - told[half][1], 1e-9)
     rate = (told[-1][0] - told[half][0]) * config.views / spent
     found = state.parameters.gaussians
-    raster = dataclasses.replace(raster, slots=binning.next_size(_needed(found, held, raster)))
+    needed = int(_needed(found, held, raster))
+    if needed > raster.slots:
+        raster = rasterize.with_room(raster, needed)
     renders = []
     for view in range(len(held.intrinsics)):
         color = _draw(found, part(held, np.asarray([view])), raster, jnp.ones(3)).color
