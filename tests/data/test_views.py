@@ -67,6 +67,23 @@ def test_nerf_synthetic(folder, scene):
     assert views.on_white(read.images, read.alpha).dtype == np.float32
 
 
+def test_nerf_synthetic_kept_as_lossless_webp(folder, scene):
+    """The file of cameras stays as it is: its paths have no extension."""
+    for index, (image, alpha) in enumerate(zip(scene.images, scene.alpha, strict=True)):
+        pixels = np.concatenate([image, alpha[..., None]], axis=-1)
+        name = folder / "images" / f"{index}.png"
+        Image.fromarray(pixels).save(name.with_suffix(".webp"), lossless=True, exact=True)
+        name.unlink()
+    content = {
+        "camera_angle_x": np.deg2rad(50.0),
+        "frames": posed_views.frames(scene, written=""),
+    }
+    read = views.read(write(folder, content, "transforms_train.json"))
+    np.testing.assert_array_equal(read.images, scene.images)
+    np.testing.assert_array_equal(read.alpha, scene.alpha)
+    assert_cameras(read, scene.cameras)
+
+
 def test_nerfstudio_with_shared_intrinsics(folder, scene):
     shared = {"camera_model": "OPENCV", "fl_x": 30.0, "fl_y": 31.0, "cx": 11.5, "cy": 7.25}
     shared |= {"w": posed_views.WIDTH, "h": posed_views.HEIGHT, "k1": 0.0, "k2": 0, "p1": 0.0}
