@@ -134,7 +134,7 @@ def ours(
         progress=lambda done, _: told.append((done, time.perf_counter())),
     )
     ended = time.perf_counter()
-    half = len(told) // 2  # by then every capacity that the fit needs is compiled, or nearly
+    half = (len(told) - 1) // 2  # by then every capacity that the fit needs is compiled, or nearly
     spent = max(told[-1][1] - told[half][1], 1e-9)
     rate = (told[-1][0] - told[half][0]) * config.views / spent
     found = state.parameters.gaussians
