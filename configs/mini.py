@@ -7,7 +7,7 @@ Command:  python -m v3d_jax.render MESHES... --out data/low --size 128 --views 1
           python -m v3d_jax.train configs/mini.py --data.path data/orbits
           (in pieces: add --run.time-limit 450, and call it again until it is done)
 Hardware: one H100
-Hours:    not run whole; 380 clips a second, 180 with the perceptual term, compilation takes minutes
+Hours:    not run whole; 249 clips a second, after three minutes of compilation
 Result:   in pieces, what is shipped: v3d_jax/assets/mini/README.md
 
 The model is in runs/mini/model, a folder that `python -m v3d_jax.sample --model` takes.
@@ -29,14 +29,14 @@ config = VideoTrainConfig(
     latents=CachedLatentsConfig(
         autoencoder="runs/mini_vae/model", cache=CacheConfig(image_size=128, threads=14)
     ),
-    # Its two steps are taken at noise levels 80 and 3, without guidance: V3D's (1.5, 2.0), with
-    # conditions dropped for every fifth clip, would spend much of the training elsewhere.
+    # Its one step is taken at noise level 80, without guidance: V3D's (1.5, 2.0), with conditions
+    # dropped for every fifth clip, would spend much of the training elsewhere.
     loss=LossConfig(p_mean=2.8, p_std=1.6, drop_context=0.05, drop_latent=0.05),
     perceptual=PerceptualConfig(weight=1.0, frames=1, shrink=1, nets=("vgg", "alex")),
-    # Trained with LPIPS, the first step gives the orbit and the second its details. More steps
-    # look sharper and score worse: they pick one of many backs, where these stay between them.
+    # Trained with LPIPS, one step gives the orbit. More look busier and score worse: they pick one
+    # of many backs, where this stays between them.
     sampling=SamplingConfig(
-        steps=2,
+        steps=1,
         sampler="dpmpp_2m",
         sigma_min=3.0,
         sigma_max=80.0,
