@@ -23,13 +23,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
-from v3d_jax.mesh import mipmap, rasterize
+from v3d_jax.mesh import hits, mipmap, rasterize
 from v3d_jax.mesh.rasterize import RasterConfig, Visibility
 from v3d_jax.mesh.surface import Mesh
-from v3d_jax.ops import camera as cameras
 from v3d_jax.ops.camera import Camera
-
-_HIGHEST = lax.Precision.HIGHEST
 
 
 class Lights(NamedTuple):
@@ -64,28 +61,6 @@ class Views(NamedTuple):
     def overflow(self, config: RasterConfig) -> Bool[Array, ""]:
         """Whether a capacity was too small, so that faces are missing."""
         return (self.rows > config.rows) | (self.slots > config.slots)
-
-
-class _Faces(NamedTuple):
-    """What shading reads of a face, one flat row of _ROW numbers each: one place in memory."""
-
-    rows: Float[Array, "n"]
-    texture: Int32[Array, "f"]  # -1: none
-
-
-class _Hit(NamedTuple):
-    """Where rays meet their faces, one array a component."""
-
-    weights: tuple[Array, Array, Array]  # perspective-correct barycentrics
-    depth: Array
-    det: Array  # -ray . (e1 x e2): positive on the side from which corners run counter-clockwise
-
-
-# First column of each part of a row of _Faces.
-_CORNER, _SIDE1, _SIDE2, _NORMALS, _UV, _COLOR, _ALPHA, _CUTOFF, _TEXELS, _ROW = (
-    *(0, 3, 6, 9, 18, 24, 27, 28, 29),
-    30,
-)
 
 
 def standard_lights() -> Lights:
@@ -130,7 +105,7 @@ def render(
     Raises ValueError if `views_per_pass` does not divide the number of views.
     """
     mesh = jax.tree.map(jnp.asarray, mesh)
-    faces, texels = _face_rows(mesh), mipmap.pyramid(mesh.atlas)
+    faces, texels = hits.face_rows(mesh), mipmap.pyramid(mesh.atlas)
 
     def one_pass(camera: Camera) -> Views:
         keep = _alpha_test(faces, texels, camera, config) if alpha else None
@@ -144,46 +119,19 @@ def render(
     return Views(rgba, face, depth, out.rows.max(), out.slots.max(), out.near_faces.sum())
 
 
-def _face_rows(mesh: Mesh) -> _Faces:
-    """Per face: corner and sides, corner normals on the side of the winding, uv, material.
-
-    Turning each corner normal to the side from which the corners run counter-clockwise lets the
-    sample know by the sign of one determinant whether to turn the normal towards the viewer,
-    however the file's normals or its winding point.
-    """
-    corners = mesh.vertices[mesh.faces]
-    one, two = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
-    side = jnp.sum(mesh.normals * jnp.cross(one, two)[:, None], axis=-1, keepdims=True)
-    normals = jnp.where(side < 0, -mesh.normals, mesh.normals)
-    turn = mesh.uv[:, 1:] - mesh.uv[:, :1]
-    area = jnp.abs(turn[:, 0, 0] * turn[:, 1, 1] - turn[:, 0, 1] * turn[:, 1, 0])
-    cutoff = mesh.alpha_cutoff[mesh.material][:, None]
-    parts = [
-        *(corners[:, 0], one, two, normals.reshape(-1, 9), mesh.uv.reshape(-1, 6)),
-        *(mesh.base_color[mesh.material], cutoff, area[:, None] * mesh.atlas.shape[1] ** 2),
-    ]
-    return _Faces(jnp.concatenate(parts, axis=1).reshape(-1), mesh.texture[mesh.material])
-
-
-def _read(faces: _Faces, face: Array, first: int, count: int) -> list[Array]:
-    """`count` numbers of each face from column `first` on, one array each."""
-    place = face * _ROW + first
-    return [faces.rows.at[place + k].get(mode="promise_in_bounds") for k in range(count)]
-
-
 def _alpha_test(
-    faces: _Faces, texels: UInt32[Array, "n t"], camera: Camera, config: RasterConfig
+    faces: hits.Faces, texels: UInt32[Array, "n t"], camera: Camera, config: RasterConfig
 ) -> rasterize.Keep:
     """The `keep` function of `rasterize` for holes and see-through materials."""
     size = config.supersample
 
     def keep(view: Array, face: Array, column: Array, row: Array) -> Array:
-        base, cutoff = _read(faces, face, _ALPHA, 2)
+        base, cutoff = hits.read(faces, face, hits.ALPHA, 2)
         texture = faces.texture[face]
         texel = jnp.ones(column.shape, jnp.float32)
         if texels.shape[0]:
-            hit = _intersect(faces, camera, config, view, face, column, row)
-            u, v = _interpolate(hit, _read(faces, face, _UV, 6), 2)
+            hit = hits.intersect(faces, camera, config, view, face, column, row)
+            u, v = hits.interpolate(hit, hits.read(faces, face, hits.UV, 6), 2)
             slot = jnp.broadcast_to(jnp.maximum(texture, 0), u.shape)
             texel = jnp.where(texture < 0, 1.0, mipmap.sample(texels, slot, u, v, None)[3])
         opacity = base * jnp.where(cutoff > 0, 1.0, texel)
@@ -196,55 +144,8 @@ def _alpha_test(
     return keep
 
 
-def _intersect(
-    faces: _Faces,
-    camera: Camera,
-    config: RasterConfig,
-    view: Array,
-    face: Array,
-    column: Array,
-    row: Array,
-) -> _Hit:
-    """Ray and triangle after Moeller and Trumbore (1997): depth and perspective-correct weights.
-
-    Rays have camera z = 1, so that the distance along them is depth. Weights are clamped to the
-    triangle: a sample that the z-buffer gave to a sliver may round outside it here.
-    """
-    turn = jnp.einsum(
-        "iab,iac->ibc",
-        camera.world_to_camera[:, :3, :3],
-        jnp.linalg.inv(camera.intrinsics),
-        precision=_HIGHEST,
-    )[view]
-    x = (column.astype(jnp.float32) + 0.5) / config.supersample
-    y = (row.astype(jnp.float32) + 0.5) / config.supersample
-    ray = [turn[..., k, 0] * x + turn[..., k, 1] * y + turn[..., k, 2] for k in range(3)]
-    origin = cameras.position(camera)[view]
-    corner, one, two = (_read(faces, face, k, 3) for k in (_CORNER, _SIDE1, _SIDE2))
-    offset = [origin[..., k] - corner[k] for k in range(3)]
-    p, q = _cross(ray, two), _cross(offset, one)
-    det = _dot(one, p)
-    safe = jnp.where(det == 0, 1.0, det)
-    first = jnp.clip(_dot(offset, p) / safe, 0.0, 1.0)
-    second = jnp.clip(_dot(ray, q) / safe, 0.0, 1.0 - first)
-    return _Hit((1.0 - first - second, first, second), _dot(two, q) / safe, det)
-
-
-def _cross(a: list[Array], b: list[Array]) -> list[Array]:
-    return [a[k - 2] * b[k - 1] - a[k - 1] * b[k - 2] for k in range(3)]
-
-
-def _dot(a: list[Array], b: list[Array]) -> Array:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-def _interpolate(hit: _Hit, corners: list[Array], width: int) -> list[Array]:
-    """Values at the hit from three corners of `width` components each."""
-    return [sum(hit.weights[m] * corners[m * width + k] for m in range(3)) for k in range(width)]
-
-
 def _shade(
-    faces: _Faces,
+    faces: hits.Faces,
     texels: UInt32[Array, "n t"],
     camera: Camera,
     lights: Lights,
@@ -259,7 +160,7 @@ def _shade(
     row = jnp.arange(height, dtype=jnp.int32)[None, :, None]
     # Barriers end a fused loop: without them the compiler recomputes what follows from each of
     # the gathers once for every colour channel.
-    hit = _intersect(faces, camera, config, view, face, column, row)
+    hit = hits.intersect(faces, camera, config, view, face, column, row)
     hit = lax.optimization_barrier(hit)
     color = lax.optimization_barrier(_albedo(faces, texels, camera, config, face, hit))
     light = _irradiance(faces, lights, face, hit)
@@ -277,12 +178,12 @@ def _shade(
 
 
 def _albedo(
-    faces: _Faces,
+    faces: hits.Faces,
     texels: UInt32[Array, "n t"],
     camera: Camera,
     config: RasterConfig,
     face: Array,
-    hit: _Hit,
+    hit: hits.Hit,
 ) -> list[Array]:
     """Base colour times texture at the mip level of the sample's footprint, three planes.
 
@@ -290,27 +191,27 @@ def _albedo(
     surface. Per face |uv area| s^2 / |e1 x e2| texels lie on a unit of surface, and
     |ray . n| |e1 x e2| = |det|: the face's own area cancels.
     """
-    color = _read(faces, face, _COLOR, 3)
+    color = hits.read(faces, face, hits.COLOR, 3)
     if not texels.shape[0]:
         return color
     focal = camera.intrinsics[:, 0, 0] * camera.intrinsics[:, 1, 1] * config.supersample**2
-    covered = _read(faces, face, _TEXELS, 1)[0] * hit.depth**2
+    covered = hits.read(faces, face, hits.TEXELS, 1)[0] * hit.depth**2
     covered = covered / (focal[:, None, None] * jnp.maximum(jnp.abs(hit.det), 1e-20))
     finest, coarsest = 1.0, 4.0 ** mipmap.coarsest_level(texels)
     level = jnp.round(0.5 * jnp.log2(jnp.clip(covered, finest, coarsest))).astype(jnp.int32)
-    u, v = lax.optimization_barrier(_interpolate(hit, _read(faces, face, _UV, 6), 2))
+    u, v = lax.optimization_barrier(hits.interpolate(hit, hits.read(faces, face, hits.UV, 6), 2))
     texture = faces.texture[face]
     texel = mipmap.sample(texels, jnp.maximum(texture, 0), u, v, level)[:3]
     return [c * jnp.where(texture >= 0, t, 1.0) for c, t in zip(color, texel, strict=True)]
 
 
-def _irradiance(faces: _Faces, lights: Lights, face: Array, hit: _Hit) -> list[Array]:
+def _irradiance(faces: hits.Faces, lights: Lights, face: Array, hit: hits.Hit) -> list[Array]:
     """Ambient plus Lambert's cosine law, on the side of the surface that is looked at."""
-    normal = _interpolate(hit, _read(faces, face, _NORMALS, 9), 3)
+    normal = hits.interpolate(hit, hits.read(faces, face, hits.NORMALS, 9), 3)
     turned = jnp.where(hit.det < 0, -1.0, 1.0)
-    scale = turned / jnp.sqrt(jnp.maximum(_dot(normal, normal), 1e-12))
+    scale = turned / jnp.sqrt(jnp.maximum(hits.dot(normal, normal), 1e-12))
     light = list(lights.ambient)
     for direction, color in zip(lights.direction, lights.color, strict=True):
-        cosine = jnp.maximum(_dot(normal, list(direction)) * scale, 0.0)
+        cosine = jnp.maximum(hits.dot(normal, list(direction)) * scale, 0.0)
         light = [total + c * cosine for total, c in zip(light, color, strict=True)]
     return light
