@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "v3d_jax/__init__.py").read_text())[1]
 
-TEST = ["pytest>=8", "beartype>=0.19", "plyfile>=1.0"]
+TEST = ["pytest>=8", "beartype>=0.19", "plyfile>=1.0", "xatlas>=0.0.11"]
 PARITY = [
     "torch>=2.4",
     "diffusers>=0.32",
@@ -41,6 +41,8 @@ setup(
         "jaxtyping>=0.3",
         "pillow>=11",
         "trimesh>=4.5",
+        "scikit-image>=0.25",
+        "fast-simplification>=0.2",
         "tyro>=0.9",
         "safetensors>=0.5",
         "tqdm>=4.66",
@@ -51,6 +53,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "matting": ["rembg[cpu]>=2.0.60"],
+        "texture": ["xatlas>=0.0.11"],
         "test": TEST,
         "tpu-aot": [*TEST, "jax[tpu]>=0.10.2"],
         "parity": [*TEST, *PARITY],

@@ -21,6 +21,7 @@ import sys
 import v3d_jax.sample
 from jax._src import xla_bridge
 heavy = {"grain", "tensorflow_datasets", "trimesh", "array_record", "tensorflow", "torch"}
+heavy |= {"skimage", "fast_simplification", "xatlas"}
 print(xla_bridge.backends_are_initialized(), sorted(heavy & set(sys.modules)))
 """
 

@@ -1,0 +1,92 @@
+"""Triangles that share vertices: what is connected, what is closed, and what faces where.
+
+v vertices, f faces, e edges. Faces run counter-clockwise seen from outside. NumPy in float64: these
+run once a mesh on the host, between compiled programs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+class Triangles(NamedTuple):
+    """A surface whose faces share their vertices; world units."""
+
+    vertices: Float[np.ndarray, "v 3"]
+    faces: Int[np.ndarray, "f 3"]
+
+
+def cross(triangles: Triangles) -> Float[np.ndarray, "f 3"]:
+    """Normals of the faces, as long as twice their areas."""
+    a, b, c = (np.asarray(triangles.vertices, np.float64)[triangles.faces[:, k]] for k in range(3))
+    return np.cross(b - a, c - a)
+
+
+def vertex_normals(triangles: Triangles) -> Float[np.ndarray, "v 3"]:
+    """Unit normals, means over the faces around a vertex by area; 0 where there is none."""
+    normal = cross(triangles)
+    corner, count = triangles.faces.reshape(-1), len(triangles.vertices)
+    total = [np.bincount(corner, np.repeat(normal[:, k], 3), count) for k in range(3)]
+    total = np.stack(total, axis=-1)
+    length = np.linalg.norm(total, axis=-1, keepdims=True)
+    return (total / np.where(length > 0, length, 1.0)).astype(np.float32)
+
+
+def edges(triangles: Triangles) -> tuple[Int[np.ndarray, "e 2"], Int[np.ndarray, "e"]]:
+    """Every edge once, low vertex first, and how many faces have it."""
+    ends = np.sort(_directed(triangles.faces), axis=1).astype(np.int64)
+    key, count = np.unique(ends[:, 0] << 32 | ends[:, 1], return_counts=True)
+    return np.stack([key >> 32, key & 0xFFFFFFFF], axis=-1), count
+
+
+def is_watertight(triangles: Triangles) -> bool:
+    """Whether every edge joins two faces that run along it in opposite directions."""
+    ends = _directed(triangles.faces).astype(np.int64)
+    forth, back = (np.sort(ends[:, a] << 32 | ends[:, b]) for a, b in ((0, 1), (1, 0)))
+    once = bool((forth[1:] != forth[:-1]).all())
+    return len(forth) > 0 and once and bool((forth == back).all())
+
+
+def euler_number(triangles: Triangles) -> int:
+    """Vertices less edges plus faces: 2 for a ball, 0 for a ring; of used vertices only."""
+    used = len(np.unique(triangles.faces))
+    return used - len(edges(triangles)[0]) + len(triangles.faces)
+
+
+def components(triangles: Triangles) -> Int[np.ndarray, "f"]:
+    """A number for every face, equal for faces that edges or vertices connect; from 0 on."""
+    from scipy import sparse
+
+    ends = _directed(triangles.faces)
+    count = len(triangles.vertices)
+    ones = np.ones(len(ends), np.int8)
+    graph = sparse.coo_matrix((ones, (ends[:, 0], ends[:, 1])), shape=(count, count))
+    label = sparse.csgraph.connected_components(graph, directed=False)[1]
+    return np.unique(label[triangles.faces[:, 0]], return_inverse=True)[1].reshape(-1)
+
+
+def volumes(triangles: Triangles, label: Int[np.ndarray, "f"]) -> Float[np.ndarray, "n"]:
+    """What each component encloses; negative for a cavity, whose faces look inwards."""
+    a = np.asarray(triangles.vertices, np.float64)[triangles.faces[:, 0]]
+    return np.bincount(label, (a * cross(triangles)).sum(axis=1)) / 6.0
+
+
+def largest(triangles: Triangles, share: float) -> Triangles:
+    """Without cavities and pieces that enclose less than `share` of what the largest does."""
+    label = components(triangles)
+    volume = volumes(triangles, label)
+    return kept(triangles, (volume >= share * volume.max())[label] & (volume > 0)[label])
+
+
+def kept(triangles: Triangles, keep: Bool[np.ndarray, "f"]) -> Triangles:
+    """Only the faces chosen, and only the vertices that they use, in their order."""
+    faces = triangles.faces[keep]
+    used = np.zeros(len(triangles.vertices), bool)
+    used[faces] = True
+    number = np.cumsum(used) - 1
+    return Triangles(triangles.vertices[used], number[faces].astype(np.int32))
+
+
+def _directed(faces: Int[np.ndarray, "f 3"]) -> Int[np.ndarray, "n 2"]:
+    return np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
