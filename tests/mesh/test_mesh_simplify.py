@@ -1,0 +1,88 @@
+"""Topology's counts on known solids, and the promises of simplification."""
+
+import mesh_shapes
+import numpy as np
+import pytest
+import trimesh
+
+from v3d_jax.mesh import extract, simplify, topology
+from v3d_jax.mesh.topology import Triangles
+
+
+def solid(mesh):
+    return Triangles(np.float32(mesh.vertices), np.int32(mesh.faces))
+
+
+def test_topology_of_known_solids():
+    ball, ring = (
+        solid(trimesh.creation.icosphere(3)),
+        solid(trimesh.creation.torus(1.0, 0.3)),
+    )
+    assert [topology.euler_number(x) for x in (ball, ring)] == [2, 0]
+    assert topology.is_watertight(ball)
+    assert topology.is_watertight(ring)
+    np.testing.assert_allclose(topology.vertex_normals(ball), ball.vertices, atol=0.02)
+    holed = topology.kept(ball, np.arange(len(ball.faces)) > 3)
+    turned = ball._replace(faces=np.concatenate([ball.faces[:1, ::-1], ball.faces[1:]]))
+    doubled = ball._replace(faces=np.concatenate([ball.faces[:1], ball.faces]))
+    assert not any(topology.is_watertight(x) for x in (holed, turned, doubled))
+    assert not topology.is_watertight(topology.kept(ball, np.zeros(len(ball.faces), bool)))
+
+
+def test_flaws_are_found():
+    ball = solid(trimesh.creation.icosphere(3))
+    assert simplify.flaws(ball, ball).count == 0
+    turned = ball._replace(faces=np.concatenate([ball.faces[:7, ::-1], ball.faces[7:]]))
+    assert simplify.flaws(turned, ball).flipped.nonzero()[0].tolist() == list(range(7))
+    a, b, _ = ball.faces[5]
+    needle = np.concatenate([ball.vertices, ball.vertices[[a, b]].mean(0, keepdims=True)])
+    flat = Triangles(needle, np.concatenate([ball.faces, [[a, b, len(ball.vertices)]]]))
+    assert simplify.flaws(flat, ball).flat.nonzero()[0].tolist() == [len(ball.faces)]
+
+
+def check(name, resolution, faces, limit, count):
+    field = mesh_shapes.SHAPES[name]
+    whole = extract.extract(field, mesh_shapes.BOX, extract.ExtractConfig(resolution=resolution))
+    small = simplify.simplify(whole, faces)
+    assert 0.9 * faces < len(small.faces) <= 1.1 * faces < len(whole.faces)
+    assert topology.is_watertight(small)
+    assert topology.euler_number(small) == mesh_shapes.EULER[name]
+    assert simplify.flaws(small, whole).count == 0
+    assert mesh_shapes.hausdorff(small, whole, count, limit) <= limit
+
+
+@pytest.mark.parametrize("name", ["torus", "pierced"])
+def test_simplified_surfaces_stay_close_closed_and_sound(name):
+    check(name, 96, 4_000, 0.4 * 2 / 96, 5_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mesh_shapes.SHAPES)
+def test_simplified_surfaces_at_full_size(name):
+    """Section 2.7, test 5: Hausdorff distance at most 0.002, no degenerate or flipped faces."""
+    check(name, 384, simplify.FACES, 2e-3, 30_000)
+
+
+def test_few_faces_are_left_alone():
+    ball = solid(trimesh.creation.icosphere(2))
+    assert simplify.simplify(ball, len(ball.faces)) is ball
+
+
+def test_a_broken_result_is_not_used(monkeypatch):
+    ball = solid(trimesh.creation.icosphere(4))
+    sound, tried = simplify._collapsed, []
+
+    def collapsed(triangles, faces, boldness):
+        tried.append(boldness)
+        found = sound(triangles, faces, boldness)
+        return found if len(tried) == 3 else topology.kept(found, np.arange(len(found.faces)) > 0)
+
+    monkeypatch.setattr(simplify, "_MILD", (3.0, 4.0, 3.5))
+    monkeypatch.setattr(simplify, "_collapsed", collapsed)
+    found = simplify.simplify(ball, 3_000)
+    assert len(tried) == 3
+    assert topology.is_watertight(found)
+    monkeypatch.setattr(
+        simplify, "_collapsed", lambda *_: topology.kept(ball, ball.faces[:, 0] > 9)
+    )
+    assert simplify.simplify(ball, 3_000) is ball
