@@ -55,7 +55,7 @@ class Sizes:
 class Sight(NamedTuple):
     """A mesh and what the samples of every view see of it."""
 
-    mesh: surface.Mesh
+    mesh: surface.Mesh  # with padding
     face: Int32[Array, "v hs ws"]  # -1: nothing
     inverse_depth: Float[Array, "v hs ws"]  # 1 / camera z; 0: nothing
 
@@ -115,27 +115,26 @@ def look(triangles: Triangles, atlas: Atlas | None, cameras: Camera, config: Ras
     mesh = surface.from_geometry(triangles.vertices, triangles.faces)
     if atlas is not None:
         mesh = mesh._replace(uv=atlas.uv[atlas.faces])
-    mesh = jax.tree.map(jnp.asarray, mesh)
-    config = rasterize.fit(mesh, cameras, config, views_per_pass=1)
-    seen = [_see(mesh, one(cameras, view), config) for view in range(len(cameras.intrinsics))]
-    face, inverse_depth = (jnp.stack(parts) for parts in zip(*seen, strict=True))
-    return Sight(mesh, face, inverse_depth)
+    mesh = jax.tree.map(jnp.asarray, surface.bucketed(mesh))
+    seen = rasterize.see(mesh, cameras, config)
+    return Sight(mesh, seen.face, seen.inverse_depth)
 
 
 def build(
     sight: Sight, cameras: Camera, config: RasterConfig, side: int | None
 ) -> tuple[Operator, Sizes]:
-    """The operator of a texture of `side` texels a side; None: of vertex colours."""
+    """The operator of a texture of `side` texels a side; None: of the vertices of `sight.mesh`."""
     views = range(len(cameras.intrinsics))
     covered = _pixels(sight.face >= 0, config).any(axis=-1).sum(axis=(1, 2))
-    room = binning.next_size(max(1, int(covered.max())), steps=16)
+    room = binning.next_size(max(1, int(covered.max())), steps=8)
     values = len(sight.mesh.vertices) if side is None else side * side
     rows = [
         _rows(sight.mesh, sight.face[view], one(cameras, view), config, side, values, room)
         for view in views
     ]
-    seen = max(1, *(int(row.count) for row in rows))
-    sizes = Sizes(values, max(int(row.longest) for row in rows))
+    seen = binning.next_size(max(1, *(int(row.count) for row in rows)), steps=8)
+    longest = max(int(row.longest) for row in rows)
+    sizes = Sizes(values, (1 << longest.bit_length()) - 1)
     parts = [_packed(row, seen, values) for row in rows]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), sizes
 
@@ -143,12 +142,6 @@ def build(
 def one(cameras: Camera, view: int) -> Camera:
     """A batch of one of the cameras."""
     return jax.tree.map(lambda leaf: leaf[view : view + 1], cameras)
-
-
-@partial(jax.jit, static_argnums=2)
-def _see(mesh: surface.Mesh, lens: Camera, config: RasterConfig) -> tuple[Array, Array]:
-    seen = rasterize.rasterize(mesh, lens, config)
-    return seen.face[0], seen.inverse_depth[0]
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))

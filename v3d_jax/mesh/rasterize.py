@@ -138,6 +138,19 @@ def rasterize(
     )
 
 
+def see(mesh: Mesh, camera: Camera, config: RasterConfig) -> Visibility:
+    """`rasterize` from the host, a view at a time, with the capacities that these views need."""
+    config = fit(mesh, camera, config, views_per_pass=1)
+    passes = split_views(camera, 1)
+    seen = [
+        _rasterize(mesh, jax.tree.map(lambda leaf: leaf[view], passes), config)  # noqa: B023
+        for view in range(len(passes.intrinsics))
+    ]
+    face, inverse_depth = (jnp.concatenate(parts) for parts in list(zip(*seen, strict=True))[:2])
+    rows, slots, near = (jnp.stack([view[k] for view in seen]) for k in (2, 3, 4))
+    return Visibility(face, inverse_depth, rows.max(), slots.max(), near.sum())
+
+
 def fit(
     mesh: Mesh,
     camera: Camera,
@@ -364,6 +377,9 @@ def _depth_keys(
     # a sliver's plane is steep: keep its depth between those of its corners
     depth = jnp.clip(at(*slope), low[:, None], high[:, None])
     return jnp.where(inside, binning.positive_bits(depth), 0)
+
+
+_rasterize = jax.jit(rasterize, static_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -120,6 +120,11 @@ def stack(meshes: Sequence[Mesh]) -> Mesh:
     return Mesh(*(np.stack(x) for x in zip(*(pad(m, **sizes) for m in meshes), strict=True)))
 
 
+def bucketed(mesh: Mesh) -> Mesh:
+    """The mesh padded to common sizes, so that few sizes of meshes make few programs."""
+    return Mesh(*(array[0] for array in stack([mesh])))
+
+
 def _extend(array: np.ndarray, length: int, value: int) -> np.ndarray:
     if len(array) > length:
         raise ValueError(f"{len(array)} rows do not fit in {length}")
