@@ -12,7 +12,7 @@ LAYERS = (
     ("parallel",),
     ("nn", "diffusion", "splat", "sdf", "mesh"),
     ("weights", "checkpoint", "data"),
-    ("pipeline", "config", "state", "training", "console", "splatting"),
+    ("pipeline", "config", "state", "training", "console", "splatting", "meshing"),
     ENTRY,
 )
 METHODS = LAYERS[2]

@@ -168,7 +168,7 @@ def test_sizes_that_do_not_fit(tmp_path, source, frames, monkeypatch, capsys):
     Image.fromarray(frames[0][0][:, :16]).save(source / "frames" / "000.png")
     assert '"w" is 32' in fails(monkeypatch, capsys, source, "--out", tmp_path / "out")
     small = frames[0][:, :8]
-    with pytest.raises(errors.UserError, match="32 x 8: splats need at least 16"):
+    with pytest.raises(errors.UserError, match="32 x 8: at least 16"):
         splatting.reconstruct(SPLATS, splatting.Frames(small, None, frames[1]), 0, {})
     same = frames[0][:1].repeat(VIEWS, 0)
     with pytest.raises(errors.UserError, match="all frames are identical"):

@@ -101,11 +101,11 @@ def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, f
 
     Raises `UserError` where the frames show nothing, are all alike, or are too small.
     """
-    _check_frames(frames)
+    check_frames(frames)
     config = configure(args)
     network, params = None, None
-    if config.loss.lpips and (params := _lpips("vgg", "the fit goes on with L1 and DSSIM")):
-        network = pipeline.perceptual(_dtype())
+    if config.loss.lpips and (params := load_lpips("vgg", "the fit goes on with L1 and DSSIM")):
+        network = pipeline.perceptual(network_dtype())
     elif config.loss.lpips:
         loss = dataclasses.replace(config.loss, lpips=0.0, l1=config.loss.l1 or 0.8)
         config = dataclasses.replace(config, loss=loss)
@@ -151,7 +151,7 @@ def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, f
         "carved": bool(begun.carved),
         "slots": raster.slots,
         "moved": int(state.moved),
-        **_scores(renders, views.on_white(frames.images, frames.alpha)),
+        **scores(renders, views.on_white(frames.images, frames.alpha)),
     }
     return Result(gaussians, renders, film, report)
 
@@ -179,15 +179,16 @@ def turn(cameras: camera.Camera, count: int) -> camera.Camera:
     return camera.Camera(pose, *same)
 
 
-def _check_frames(frames: Frames) -> None:
+def check_frames(frames: Frames) -> None:
+    """Raises `UserError` where frames show nothing, are all alike, or are too small."""
     height, width = frames.images.shape[1:3]
     if min(height, width) < MIN_SIDE:
         raise errors.UserError(
-            f"the frames are {width} x {height}: splats need at least {MIN_SIDE} pixels a side"
+            f"the frames are {width} x {height}: at least {MIN_SIDE} pixels a side are needed"
         )
     if frames.alpha is None and (frames.images == frames.images[:1]).all():
         raise errors.UserError("all frames are identical: views from different sides are needed")
-    if not _masks(frames).any():
+    if not masks(frames).any():
         raise errors.UserError(
             "the frames show no object: every one is empty, or white all over; give views of an "
             "object on white or with alpha"
@@ -199,7 +200,7 @@ def _from_white(pictures: Array) -> Array:
     return silhouette.from_white(pictures)
 
 
-def _masks(frames: Frames) -> np.ndarray:
+def masks(frames: Frames) -> np.ndarray:
     """Alpha, or what is not white; uint8 or bool."""
     if frames.alpha is not None:
         return frames.alpha
@@ -210,8 +211,8 @@ def _begin(config: fit.FitConfig, frames: Frames, key: Array) -> tuple[cloud.Clo
     tolerated = min(frames.tolerated, len(frames.images) - 1)
     whole = pipeline.SplatConfig(config, carve.CarveConfig(tolerated=tolerated))
     begin = jax.jit(pipeline.begin_splats, static_argnums=0)
-    pictures, masks = jnp.asarray(frames.images), jnp.asarray(_masks(frames))
-    return jax.block_until_ready(begin(whole, pictures, masks, frames.cameras, key))
+    pictures, silhouettes = jnp.asarray(frames.images), jnp.asarray(masks(frames))
+    return jax.block_until_ready(begin(whole, pictures, silhouettes, frames.cameras, key))
 
 
 _needed = jax.jit(rasterize.needed_slots, static_argnums=2)
@@ -232,13 +233,13 @@ def _draw(
     return np.stack(frames)
 
 
-def _scores(
+def scores(
     renders: UInt8[np.ndarray, "v h w 3"], truth: Float[np.ndarray, "v h w 3"]
 ) -> dict[str, Any]:
     """Means over views of PSNR, SSIM and LPIPS (AlexNet, as papers report it)."""
     params = None
     if min(truth.shape[1:3]) >= _ALEXNET_SIDE:
-        params = _lpips("alex", "the report has no LPIPS")
+        params = load_lpips("alex", "the report has no LPIPS")
     rows = []
     for render, frame in zip(renders, truth, strict=True):
         a, b = jnp.asarray(render[None], jnp.float32) / 255.0, jnp.asarray(frame[None])
@@ -254,7 +255,8 @@ def _scores(
 _distance = jax.jit(lpips.distance)
 
 
-def _lpips(net: Literal["vgg", "alex"], otherwise: str) -> lpips.LPIPSParams | None:
+def load_lpips(net: Literal["vgg", "alex"], otherwise: str) -> lpips.LPIPSParams | None:
+    """The weights of a perceptual distance; without them None and a note of what that means."""
     try:
         return lpips_weights.load(net)
     except lpips_weights.LPIPSUnavailable as error:
@@ -262,5 +264,6 @@ def _lpips(net: Literal["vgg", "alex"], otherwise: str) -> lpips.LPIPSParams | N
         return None
 
 
-def _dtype() -> Any:
+def network_dtype() -> Any:
+    """What perceptual networks run in on this machine."""
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -1,0 +1,164 @@
+"""Frames and a field to files, as the command lines will call it."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import painted
+import pytest
+import trimesh
+
+from v3d_jax import errors, meshing, splatting
+from v3d_jax.mesh import extract, texels, topology, unwrap
+
+ARGS = meshing.MeshArgs(
+    faces=1_280, texture_size=painted.SIDE, texture_steps=100, mesh_resolution=64
+)
+ISOLATED = """
+import sys
+import v3d_jax.meshing
+from jax._src import xla_bridge
+heavy = {"trimesh", "skimage", "fast_simplification", "xatlas", "scipy.ndimage", "scipy.spatial"}
+print(xla_bridge.backends_are_initialized(), sorted(heavy & set(sys.modules)))
+"""
+
+
+def ball(points):
+    return jnp.linalg.norm(points, axis=-1) - 0.5
+
+
+def colour(points):
+    return 0.5 + 0.3 * jnp.sin(9.0 * points)
+
+
+def fit_field(frames, key, seconds):
+    seconds["sdf"] = 1.5
+    return meshing.Field(ball, colour, extract.Box(np.float32([-1, -1, -1]), 2.0), {"steps": 7})
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """Views of a coloured ball, with alpha."""
+    sphere = trimesh.creation.icosphere(3, 0.5)
+    whole = topology.Triangles(np.float32(sphere.vertices), np.int32(sphere.faces))
+    atlas = unwrap.unwrap(whole, painted.SIDE)
+    laid = texels.lay(atlas, painted.SIDE)
+    points = texels.interpolated(laid, whole, whole.vertices)
+    values = np.zeros((painted.SIDE**2, 3), np.float32)
+    values[laid.index] = colour(points)
+    known = np.zeros(len(values), bool)
+    known[laid.index] = True
+    values = texels.fill(laid, whole, painted.SIDE, values, known)
+    item = painted.export.Painted(whole, atlas, np.uint8(values * 255 + 0.5))
+    views, alpha = painted.draw(painted.textured(item), painted.cameras())
+    straight = np.where(alpha[..., None] > 0, views - 1 + alpha[..., None], 1.0)
+    straight = straight / np.maximum(alpha, 1e-3)[..., None]
+    pictures = np.uint8(np.clip(straight, 0, 1) * 255 + 0.5)
+    return splatting.Frames(pictures, np.uint8(alpha * 255 + 0.5), painted.cameras())
+
+
+@pytest.fixture(scope="module")
+def made(frames):
+    seconds = {}
+    return meshing.reconstruct(ARGS, frames, fit_field, 0, seconds), seconds
+
+
+def test_report_and_renders(made, frames):
+    result, seconds = made
+    report = json.loads(json.dumps(result.report))
+    assert report["psnr"] > 30.0
+    assert report["ssim"] > 0.95
+    assert (report["watertight"], report["pieces"], report["field"]) == (True, 1, {"steps": 7})
+    assert 1_200 < report["faces"] <= 1_400 < report["extracted_faces"]
+    assert set(seconds) == {*meshing.STAGES, "sdf"}
+    assert result.renders.shape == frames.images.shape
+    assert result.shown.tolist() == list(range(painted.VIEWS))
+    assert report["colours"] == "texture"
+    assert 0.5 < report["seen"] <= 1.0
+
+
+def test_files_are_written_whole(made, tmp_path):
+    args = meshing.MeshArgs(mesh_formats="obj, ply")
+    meshing.check(args)
+    meshing.write(tmp_path, args, made[0])
+    names = {"mesh.glb", "mesh.obj", "mesh.mtl", "mesh.png", "mesh.ply"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    _, arrays, faces, picture = painted.unpack((tmp_path / "mesh.glb").read_bytes())
+    assert picture.shape == (painted.SIDE, painted.SIDE, 3)
+    welded, index = np.unique(arrays["POSITION"], axis=0, return_inverse=True)
+    assert topology.is_watertight(topology.Triangles(welded, index.reshape(-1)[faces]))
+
+
+def test_without_xatlas_vertices_are_coloured_and_a_note_says_so(frames, monkeypatch, capsys):
+    monkeypatch.setattr(unwrap, "available", lambda: False)
+    result = meshing.reconstruct(ARGS, frames, fit_field, 0, {})
+    assert result.report["colours"] == "vertices"
+    assert result.report["psnr"] > 25.0
+    assert result.painted.atlas is None
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes[0] == (
+        "note: xatlas is not installed (pip install xatlas): colours are those of vertices"
+    )
+    with pytest.raises(errors.UserError, match="needs xatlas: pip install xatlas"):
+        meshing.check(meshing.MeshArgs(colours="texture"))
+
+
+def test_too_many_frames_are_thinned_out_evenly(frames, monkeypatch, capsys):
+    monkeypatch.setattr(meshing, "_MOST_PIXELS", 3 * painted.SIZE**2)
+    assert meshing._shown(frames).tolist() == [0, 2, 5]
+    assert "3 of 6 frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"faces": 10}, "--faces 10: at least 100 is needed"),
+        ({"faces": 10**7}, "--faces 10000000: at most 1000000 is possible"),
+        ({"texture_size": 1001}, "--texture-size 1001: a multiple of 8 is needed"),
+        ({"mesh_resolution": 8}, "--mesh-resolution 8: at least 32 is needed"),
+        ({"texture_steps": -1}, "--texture-steps -1: at least 0 is needed"),
+        (
+            {"mesh_formats": "stl"},
+            "--mesh-formats: 'stl' is not available; there is: glb, obj, ply",
+        ),
+    ],
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(errors.UserError) as caught:
+        meshing.check(meshing.MeshArgs(**changes))
+    assert str(caught.value) == message
+
+
+def test_frames_and_fields_that_show_nothing(frames):
+    empty = frames._replace(alpha=np.zeros_like(frames.alpha))
+    with pytest.raises(errors.UserError, match="show no object"):
+        meshing.reconstruct(ARGS, empty, fit_field, 0, {})
+
+    def nothing(frames, key, seconds):
+        return fit_field(frames, key, seconds)._replace(sdf=lambda p: jnp.ones(len(p)))
+
+    with pytest.raises(errors.UserError, match="no surface"):
+        meshing.reconstruct(ARGS, frames, nothing, 0, {})
+
+
+def test_the_key_follows_the_seed(frames):
+    keys = []
+
+    def remember(frames, key, seconds):
+        keys.append(jax.random.key_data(key).tolist())
+        raise errors.UserError("stop")
+
+    for seed in (0, 0, 1):
+        with pytest.raises(errors.UserError, match="stop"):
+            meshing.reconstruct(ARGS, frames, remember, seed, {})
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_importing_starts_nothing():
+    run = subprocess.run(
+        [sys.executable, "-c", ISOLATED], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "False []\n"
