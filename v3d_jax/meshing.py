@@ -24,7 +24,8 @@ NAME = "mesh.glb"
 # see the mesh, about a third, take 192 bytes each.
 _MOST_PIXELS = 1 << 26
 _CHUNKS = 10  # of a fit: how often progress is told
-_MASK = 128  # alpha from which on a pixel is object
+_OPAQUE = 250  # alpha from which on a pixel is all object
+_SIDES = (256, 2048)  # of a texture whose size is not given
 
 
 class Field(NamedTuple):
@@ -49,7 +50,7 @@ class MeshArgs:
     colours: Literal["auto", "texture", "vertices"] = "auto"
     """A texture (needs xatlas), or one colour a vertex; auto: a texture if xatlas is installed."""
     texture_size: int | None = None
-    """Texels a side of the texture; by default 1024, on a CPU 512."""
+    """Texels a side of the texture; by default about twice the frames' pixels."""
     texture_steps: int | None = None
     """Steps of the fit of colours; by default 500, on a CPU 200."""
     mesh_resolution: int | None = None
@@ -119,7 +120,7 @@ def reconstruct(
         surface = simplify.simplify(whole, args.faces)
         bar.update()
     config = texture.TextureConfig(
-        side=args.texture_size or _usual(1024, 512),
+        side=args.texture_size or _side(frames),
         steps=_usual(500, 200) if args.texture_steps is None else args.texture_steps,
     )
     atlas = _unwrapped(args, surface, config.side, seconds)
@@ -157,6 +158,12 @@ def _formats(args: MeshArgs) -> list[str]:
 
 def _usual(accelerator: int, cpu: int) -> int:
     return cpu if jax.default_backend() == "cpu" else accelerator
+
+
+def _side(frames: splatting.Frames) -> int:
+    """A power of two: more texels than pixels would only hold what the fit makes up."""
+    wanted = 2 * max(frames.images.shape[1:3])
+    return int(np.clip(1 << (wanted - 1).bit_length(), *_SIDES))
 
 
 def _coarse(resolution: int) -> int:
@@ -230,6 +237,14 @@ def _shown(frames: splatting.Frames) -> Int[np.ndarray, "i"]:
 
 
 def _inside(frames: splatting.Frames) -> np.ndarray:
-    """Where a frame shows the object; bool."""
+    """Where a frame shows nothing but the object; bool.
+
+    At its outline a frame without alpha has mixed in its background: a pixel goes all around.
+    """
     found = splatting.masks(frames)
-    return found if found.dtype == bool else found >= _MASK
+    if frames.alpha is not None:
+        return found >= _OPAQUE
+    padded = np.pad(found, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    height, width = found.shape[1:]
+    shifted = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return np.logical_and.reduce(shifted)

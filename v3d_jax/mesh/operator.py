@@ -27,6 +27,9 @@ from v3d_jax.mesh.unwrap import Atlas
 from v3d_jax.ops import binning
 from v3d_jax.ops.camera import Camera
 
+# Least cosine between a ray and a normal that teaches: below it a pixel spreads over many texels.
+GRAZING = 0.1
+
 
 class Operator(NamedTuple):
     """The matrix and its transpose, a view's share along the first axis of every array.
@@ -42,6 +45,7 @@ class Operator(NamedTuple):
     start: Int32[Array, "*v u"]  # of the value's run in `order`
     end: Int32[Array, "*v u"]
     coverage: Float[Array, "*v h w"]
+    trusted: Bool[Array, "*v h w"]  # pixels that nowhere see surface at a grazing angle
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Sizes:
     """What is static about an operator."""
 
     values: int
+    side: int | None  # texels a side; None: the values are those of vertices
     longest: int  # taps of one value in one view, at most
 
 
@@ -70,6 +75,7 @@ class _Rows(NamedTuple):
     offsets: Int32[Array, "m"]
     used: Int32[Array, "m"]  # values seen, first
     coverage: Float[Array, "h w"]
+    trusted: Bool[Array, "h w"]
     count: Int32[Array, ""]
     longest: Int32[Array, ""]
 
@@ -98,10 +104,10 @@ def transpose(
 
 
 def touched(operator: Operator, sizes: Sizes) -> Float[Array, "m"]:
-    """Pixels that each value weighs in all views together."""
+    """Trusted pixels that each value weighs in all views together."""
 
     def add(total: Array, view: Operator) -> tuple[Array, None]:
-        ones = jnp.ones((*view.coverage.shape, 3), jnp.float32)
+        ones = jnp.repeat(view.trusted[..., None], 3, axis=-1).astype(jnp.float32)
         return total + transpose(view, sizes, ones)[:, 0], None
 
     return jax.lax.scan(add, jnp.zeros(sizes.values), operator)[0]
@@ -134,7 +140,7 @@ def build(
     ]
     seen = binning.next_size(max(1, *(int(row.count) for row in rows)), steps=8)
     longest = max(int(row.longest) for row in rows)
-    sizes = Sizes(values, (1 << longest.bit_length()) - 1)
+    sizes = Sizes(values, side, (1 << longest.bit_length()) - 1)
     parts = [_packed(row, seen, values) for row in rows]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), sizes
 
@@ -170,6 +176,9 @@ def _rows(
     face = jnp.maximum(seen[row, column], 0)
     table = hits.face_rows(mesh)
     hit = hits.intersect(table, lens, config, jnp.zeros((1, 1), jnp.int32), face, column, row)
+    grazing = (_cosine(mesh, lens, config, face, hit, column, row) < GRAZING) & there
+    trusted = jnp.ones(covered.size, bool)
+    trusted = trusted.at[pixel].set(~grazing.any(axis=1), mode="drop", unique_indices=True)
     if side is None:
         tap = mesh.faces[face]
         weight = jnp.stack(hit.weights, axis=-1)
@@ -185,7 +194,29 @@ def _rows(
     length = offsets[1:] - offsets[:-1]
     used = binning.compact(length > 0)[0]
     count = (length > 0).sum().astype(jnp.int32)
-    return _Rows(pixel, tap, weight, order, offsets, used, coverage, count, length.max())
+    trusted = trusted.reshape(coverage.shape)
+    return _Rows(
+        *(pixel, tap, weight, order, offsets, used, coverage, trusted), count, length.max()
+    )
+
+
+def _cosine(
+    mesh: surface.Mesh,
+    lens: Camera,
+    config: RasterConfig,
+    face: Array,
+    hit: hits.Hit,
+    column: Array,
+    row: Array,
+) -> Float[Array, "p s"]:
+    """Between the rays of samples and the normals of their faces."""
+    corners = mesh.vertices[mesh.faces]
+    normal = jnp.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    size = jnp.maximum(jnp.linalg.norm(normal, axis=1), 1e-20)
+    matrix, share = lens.intrinsics[0], config.supersample
+    x = ((column + 0.5) / share - matrix[0, 2]) / matrix[0, 0]
+    y = ((row + 0.5) / share - matrix[1, 2]) / matrix[1, 1]
+    return jnp.abs(hit.det) / (size[face] * jnp.sqrt(x * x + y * y + 1.0))
 
 
 def bilinear(
@@ -225,4 +256,5 @@ def _packed(rows: _Rows, seen: int, values: int) -> Operator:
         jnp.where(real, rows.offsets[used], 0),
         jnp.where(real, rows.offsets[used + 1], 0),
         rows.coverage,
+        rows.trusted,
     )

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt8
 
-from v3d_jax.mesh.operator import Sight
+from v3d_jax.mesh.operator import GRAZING, Sight
 from v3d_jax.mesh.rasterize import RasterConfig
 from v3d_jax.ops import camera as cameras
 from v3d_jax.ops.camera import Camera
 
 _POWER = 4
-_GRAZING = 0.1  # least cosine that counts: below it a pixel spreads over many texels
-_LEAST = _GRAZING**_POWER
+_LEAST = GRAZING**_POWER
 
 
 @partial(jax.jit, static_argnums=6)
@@ -59,7 +58,7 @@ def project(
 def _cosine(points: Array, normals: Array, lens: Camera) -> Float[Array, "s"]:
     ray = cameras.position(lens)[None] - points
     cosine = jnp.sum(ray * normals, axis=1) / jnp.maximum(jnp.linalg.norm(ray, axis=1), 1e-9)
-    return jnp.where(cosine > _GRAZING, cosine, 0.0)
+    return jnp.where(cosine > GRAZING, cosine, 0.0)
 
 
 def _unhidden(

@@ -6,7 +6,11 @@ its frames by 255 twice.
 
 Axes: v view, h w image, m values (side * side texels, or vertices). Colours are sRGB in [0, 1].
 Pixels that a frame calls background teach nothing: surface that overlaps it by part of a pixel
-would take on its white.
+would take on its white. Nor do those that see surface at a grazing angle.
+
+Where texels are finer than pixels the frames leave much open, and Adam would fill it with grain.
+So changes are held smooth: half the squared differences between neighbouring texels' changes since
+the start join the loss. Against a texel that weighs a whole pixel in a view they count little.
 """
 
 from collections.abc import Callable
@@ -53,6 +57,7 @@ class TextureConfig:
     rate_left: float = 0.05  # share of it at the last step, reached exponentially
     damping: float = 1e-2  # added to Adam's denominator: what views hardly see hardly moves
     lpips: float = 1.0
+    smooth: float = 0.02  # weight of differences between neighbouring texels' changes
     near: float = 1e-2  # world units
 
 
@@ -69,6 +74,7 @@ class State(NamedTuple):
 
     step: Int32[Array, ""]
     values: Float[Array, "m 3"]
+    start: Float[Array, "m 3"]
     moments: Any  # Adam's
 
 
@@ -135,7 +141,7 @@ def run(
     if perceptual is not None and config.lpips:
         features = target_features(perceptual, params, targets.images)
     step = jnp.asarray(0, jnp.int32)
-    state = State(step, values, _adam(config).init(values))
+    state = State(step, values, values, _adam(config).init(values))
     while (done := int(state.step)) < config.steps:
         steps = min(chunk, config.steps - done)
         given = (perceptual, params, matrix, targets, features, state, key, steps)
@@ -169,15 +175,26 @@ def _step(
             value = value + config.lpips * perceptual.distance(params, found, batched)[0]
         return value
 
+    inside = inside & seen.trusted
     image = operator.apply(seen, state.values)
     value, gradient = jax.value_and_grad(loss)(image)
     # Of a sum over pixels, so that the damping does not depend on their number.
     gradient = operator.transpose(seen, sizes, gradient * target.size)
+    if config.smooth and sizes.side is not None:
+        gradient = gradient + config.smooth * _roughness(state.values - state.start, sizes.side)
     update, moments = _adam(config).update(gradient, state.moments)
     part = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
     rate = config.rate * jnp.power(config.rate_left, part)
     values = jnp.clip(state.values - rate * update, 0.0, 1.0)
-    return State(state.step + 1, values, moments), value
+    return state._replace(step=state.step + 1, values=values, moments=moments), value
+
+
+def _roughness(values: Float[Array, "m 3"], side: int) -> Float[Array, "m 3"]:
+    """The gradient of half the sum of squared differences between neighbouring texels."""
+    grid = values.reshape(side, side, 3)
+    edge = jnp.pad(grid, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    around = edge[:-2, 1:-1] + edge[2:, 1:-1] + edge[1:-1, :-2] + edge[1:-1, 2:]
+    return (4.0 * grid - around).reshape(-1, 3)
 
 
 def _adam(config: TextureConfig) -> optax.GradientTransformation:
