@@ -57,7 +57,7 @@ class TextureConfig:
     rate_left: float = 0.05  # share of it at the last step, reached exponentially
     damping: float = 1e-2  # added to Adam's denominator: what views hardly see hardly moves
     lpips: float = 1.0
-    smooth: float = 0.02  # weight of differences between neighbouring texels' changes
+    smooth: float = 0.05  # weight of differences between neighbouring texels' changes
     near: float = 1e-2  # world units
 
 
