@@ -64,6 +64,9 @@ def textured(item):
 
 def draw(mesh, lenses, render=_draw):
     """Views on white and their alpha."""
+    if render is _draw:  # one size, so one program
+        size = mesh.atlas.shape[-2]
+        mesh = surface.pad(mesh, vertices=1024, faces=1280, materials=1, textures=1, size=size)
     found = render(jax.tree.map(jnp.asarray, mesh), lenses)
     assert not bool(found.overflow(RASTER)) or render is not _draw
     rgba = np.asarray(found.rgba)
