@@ -144,6 +144,15 @@ def test_frames_and_fields_that_show_nothing(frames):
         meshing.reconstruct(ARGS, frames, nothing, 0, {})
 
 
+def test_the_near_plane_follows_the_worlds_unit(frames):
+    surface = painted.solid()
+    assert meshing._near(surface, frames) == 2.0**-6
+    small = [frames.cameras.world_to_camera.at[:, :3, 3].multiply(1e-3), *frames.cameras[1:]]
+    shrunk = frames._replace(cameras=type(frames.cameras)(*small))
+    tiny = surface._replace(vertices=surface.vertices * np.float32(1e-3))
+    assert meshing._near(tiny, shrunk) == 2.0**-16
+
+
 def test_the_key_follows_the_seed(frames):
     keys = []
 

@@ -17,6 +17,7 @@ from v3d_jax import console, errors, pipeline, splatting
 from v3d_jax.data import views
 from v3d_jax.mesh import bake, export, extract, simplify, texture, topology, unwrap
 from v3d_jax.mesh.topology import Triangles
+from v3d_jax.ops import camera
 
 STAGES = ("field", "extract", "unwrap", "texture")  # names of the times spent
 NAME = "mesh.glb"
@@ -122,6 +123,7 @@ def reconstruct(
     config = texture.TextureConfig(
         side=args.texture_size or _side(frames),
         steps=_usual(500, 200) if args.texture_steps is None else args.texture_steps,
+        near=_near(surface, frames),
     )
     atlas = _unwrapped(args, surface, config.side, seconds)
     shown = _shown(frames)
@@ -158,6 +160,12 @@ def _formats(args: MeshArgs) -> list[str]:
 
 def _usual(accelerator: int, cpu: int) -> int:
     return cpu if jax.default_backend() == "cpu" else accelerator
+
+
+def _near(surface: Triangles, frames: splatting.Frames) -> float:
+    """About a hundredth of the way to the surface, whatever a world's unit is; a power of two."""
+    offset = np.asarray(camera.position(frames.cameras)) - surface.vertices.mean(axis=0)
+    return float(2.0 ** np.floor(np.log2(1e-2 * np.linalg.norm(offset, axis=1).min())))
 
 
 def _side(frames: splatting.Frames) -> int:

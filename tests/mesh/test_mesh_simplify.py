@@ -63,6 +63,16 @@ def test_simplified_surfaces_at_full_size(name):
     check(name, 384, simplify.FACES, 2e-3, 30_000)
 
 
+def test_units_do_not_matter():
+    """fast-simplification alone leaves a large ball as it is, and is rough with a small one."""
+    ball = solid(trimesh.creation.icosphere(5))
+    for unit in (1e-3, 1.0, 1e3):
+        found = simplify.simplify(ball._replace(vertices=np.float32(unit) * ball.vertices), 4_000)
+        assert len(found.faces) == 4_000
+        radius = np.linalg.norm(found.vertices, axis=1) / unit
+        np.testing.assert_allclose(radius, 1.0, atol=2e-3)
+
+
 def test_few_faces_are_left_alone():
     ball = solid(trimesh.creation.icosphere(2))
     assert simplify.simplify(ball, len(ball.faces)) is ball

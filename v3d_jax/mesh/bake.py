@@ -64,8 +64,8 @@ def bake(
     """The colours of a texture, row by row from the top, or without an atlas of the vertices.
 
     `prior` colours points of the world, sRGB, that no view sees, up to a smooth change that meets
-    what the views show; without it they continue their surroundings. `progress` is told the steps
-    done and the loss.
+    what the views show; without it they continue their surroundings. It is traced: best a
+    `jax.tree_util.Partial`, as for `extract`. `progress` is told the steps done and the loss.
     """
     height, width = targets.images.shape[1:3]
     samples = config.supersample
@@ -124,7 +124,13 @@ def _projected(
 def _colored(prior: Colour, points: Float[np.ndarray, "s 3"]) -> Float[np.ndarray, "s 3"]:
     count = len(points)
     more = ((0, binning.next_size(count) - count), (0, 0))
-    return np.asarray(jax.jit(prior)(jnp.asarray(np.pad(points, more))))[:count]
+    field = prior if isinstance(prior, jax.tree_util.Partial) else jax.tree_util.Partial(prior)
+    return np.asarray(_evaluate(field, jnp.asarray(np.pad(points, more))))[:count]
+
+
+@jax.jit
+def _evaluate(field: Colour, points: Float[Array, "s 3"]) -> Float[Array, "s 3"]:
+    return field(points)
 
 
 def _spread(places: _Places, color: Float[np.ndarray, "s 3"] | None) -> Float[np.ndarray, "m 3"]:

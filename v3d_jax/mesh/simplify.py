@@ -83,8 +83,11 @@ def _bolder(found: Triangles, original: Triangles, faces: int, number: int) -> T
 def _collapsed(triangles: Triangles, faces: int, boldness: float) -> Triangles:
     import fast_simplification
 
+    # Its thresholds are absolute: what a world's unit is must not decide over the result.
+    points = np.asarray(triangles.vertices, np.float64)
+    low, size = points.min(axis=0), max(np.ptp(points, axis=0).max(), 1e-30)
     points, corners = fast_simplification.simplify(
-        triangles.vertices, triangles.faces, target_count=faces, agg=boldness
+        (points - low) / size, triangles.faces, target_count=faces, agg=boldness
     )[:2]
-    found = Triangles(np.float32(points), np.int32(corners))
+    found = Triangles(np.float32(points * size + low), np.int32(corners))
     return topology.kept(found, np.ones(len(corners), bool))
