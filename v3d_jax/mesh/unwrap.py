@@ -19,7 +19,7 @@ GUTTER = 4
 # Cost at which charts stop to grow: small charts are quick to make and mostly pack well. Every
 # place is tried for every chart, which is quick only on a grid coarser than the texture: cells as
 # wide as the gutter, and no more than these a side.
-_COSTS = (0.3, 0.5, 1.0)
+_COSTS = (0.3, 0.5, 1.0, 2.0)
 _ROUNDNESS = 0.1
 _CELLS = 256
 _SIDE = 1000.0
@@ -83,9 +83,9 @@ def _packed(triangles: Triangles, size: int, gutter: int, cost: float) -> Atlas 
     source, faces, uv = atlas.get_mesh(0)
     if atlas.atlas_count != 1 or not (source[faces] == triangles.faces).all():
         return None
-    # A rectangle of about the cells asked for comes back: it goes on the square that holds it,
-    # with half a cell around.
-    cells = uv * np.float32([atlas.width, atlas.height])
-    place = (cells + 0.5) / (max(atlas.width, atlas.height) + 1)
+    # A nearly square rectangle of about the cells asked for comes back. It is stretched to the
+    # square, with half a cell around: a tenth more texels along one axis beat an empty margin.
+    extent = np.float32([atlas.width, atlas.height])
+    place = (uv * extent + 0.5) / (extent + 1.0)
     place[:, 1] = 1.0 - place[:, 1]
     return Atlas(np.int32(source), np.int32(faces), np.float32(place), int(atlas.chart_count))
