@@ -1,0 +1,1 @@
+"""Signed distance fields fitted to posed frames."""
