@@ -12,7 +12,7 @@ LAYERS = (
     ("parallel",),
     ("nn", "diffusion", "splat", "sdf", "mesh"),
     ("weights", "checkpoint", "data"),
-    ("pipeline", "config", "state", "training", "console", "splatting", "meshing"),
+    ("pipeline", "config", "state", "training", "console", "splatting", "surfacing", "meshing"),
     ENTRY,
 )
 METHODS = LAYERS[2]
