@@ -7,13 +7,15 @@ Axes: v view, h w image, n point.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from v3d_jax import console, errors
 from v3d_jax.nn import lpips
@@ -45,9 +47,23 @@ class Place(NamedTuple):
     centre: Float[Array, "3"]
     scale: Float[Array, ""]  # half side
 
+    @property
+    def corner(self) -> Float[Array, "3"]:
+        """The lowest."""
+        return self.centre - self.scale[None]
+
+    @property
+    def side(self) -> Float[Array, ""]:
+        """Length of an edge."""
+        return 2.0 * self.scale
+
 
 class Surface(NamedTuple):
-    """A fitted field, where it lies, and the report's entry."""
+    """A fitted field, where it lies, and the report's entry.
+
+    `sdf` and `color` are functions and arrays in one: jitted programs take them as arguments and
+    are compiled once for all fields of the same sizes.
+    """
 
     config: field.FieldConfig
     params: field.Field
@@ -57,12 +73,12 @@ class Surface(NamedTuple):
     @property
     def sdf(self) -> Partial:
         """Signed distances of points [n, 3] of the world, negative inside."""
-        return Partial(Partial(_sdf, self.config), self.params, self.place)
+        return Partial(_sdf_of(self.config), self.params, self.place)
 
     @property
     def color(self) -> Partial:
         """Colours in [0, 1], sRGB, of points [n, 3] on the surface."""
-        return Partial(Partial(_color, self.config), self.params, self.place)
+        return Partial(_color_of(self.config), self.params, self.place)
 
 
 def check(args: SurfaceArgs) -> None:
@@ -80,7 +96,9 @@ def configure(args: SurfaceArgs) -> fit.FitConfig:
     return config
 
 
-def reconstruct(args: SurfaceArgs, frames: Frames, seed: int, seconds: dict[str, float]) -> Surface:
+def reconstruct(
+    args: SurfaceArgs, frames: Frames, key: Key[Array, ""], seconds: dict[str, float]
+) -> Surface:
     """Fits a field to frames; adds the stages' times to `seconds`, compilation included.
 
     Raises `UserError` where the frames show nothing or where what is fitted has no surface.
@@ -108,7 +126,7 @@ def reconstruct(args: SurfaceArgs, frames: Frames, seed: int, seconds: dict[str,
         state = fit.run(
             config,
             seen,
-            jax.random.key(seed),
+            key,
             solid=solid,
             perceptual=network,
             params=params,
@@ -123,6 +141,17 @@ def reconstruct(args: SurfaceArgs, frames: Frames, seed: int, seconds: dict[str,
         "sharpness": float(field.inv_s(state.parameters)),
     }
     return Surface(config.field, state.parameters, place, report)
+
+
+# The same object for the same settings, or every field would be a new function to jit.
+@functools.cache
+def _sdf_of(config: field.FieldConfig) -> Callable[..., Array]:
+    return functools.partial(_sdf, config)
+
+
+@functools.cache
+def _color_of(config: field.FieldConfig) -> Callable[..., Array]:
+    return functools.partial(_color, config)
 
 
 def _sdf(
@@ -169,14 +198,23 @@ def _carved(
     """The hull in the box's units, the box, and whether the masks were worth anything."""
     hull = carve.hull(masks, cameras, config)
     usable = carve.usable(hull)
-    side = hull.voxel * config.resolution
+    low, high = _bounds(carve.cover(hull))
     box = carve.viewing_box(cameras)
-    scale = jnp.where(usable, 0.5 * _ROOM * side, box.inner)
-    centre = jnp.where(usable, hull.corner + 0.5 * side, box.centre)
+    scale = jnp.where(usable, 0.5 * _ROOM * hull.voxel * (high - low).max(), box.inner)
+    middle = hull.corner + 0.5 * hull.voxel * (low + high)
+    centre = jnp.where(usable, middle, box.centre)
     # Without a hull nothing is inside, and the fit starts as a sphere.
     distance = jnp.where(usable, hull.distance, -1.0) / scale
     corner = (hull.corner - centre) / scale
     return volume.Volume(distance, corner, hull.voxel / scale), Place(centre, scale), usable
+
+
+def _bounds(occupied: Bool[Array, "n n n"]) -> tuple[Int[Array, "3"], Int[Array, "3"]]:
+    """First and one past the last occupied voxel along each axis."""
+    there = [occupied.any(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+    low = jnp.stack([jnp.argmax(one) for one in there])
+    high = jnp.stack([len(one) - jnp.argmax(one[::-1]) for one in there])
+    return low, high
 
 
 _hull = jax.jit(_carved, static_argnums=0)
