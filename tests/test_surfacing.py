@@ -14,6 +14,7 @@ from v3d_jax.sdf.field import FieldConfig
 from v3d_jax.sdf.hashgrid import GridConfig
 from v3d_jax.sdf.losses import LossConfig
 from v3d_jax.sdf.render import RenderConfig
+from v3d_jax.sdf.start import StartConfig
 
 SIZE, SCALE = 128, 5.0
 CENTRE = np.float32([3.0, -2.0, 1.0])
@@ -25,7 +26,7 @@ CONFIG = fit.FitConfig(
     field=FieldConfig(grid=GridConfig(levels=2, base=8, growth=2.0), width=32, color_width=16),
     render=RenderConfig(samples=16, coarse=48, occupancy=64),
     loss=LossConfig(points=128),
-    begin=fit.BeginConfig(steps=100, points=1024),
+    start=StartConfig(steps=100, points=1024),
 )
 
 

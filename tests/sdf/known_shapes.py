@@ -59,10 +59,13 @@ class Score(NamedTuple):
 
 
 def cameras(size, count=VIEWS):
-    """A third of the views at each of three elevations: from one, lids are never seen."""
+    """A third of the views at each of three elevations (from one, lids are never seen).
+
+    Two of them look along y, through the hole of the box.
+    """
     orbits = [
         camera.orbit(count // 3, width=size, height=size, elevation=tilt, start_azimuth=turn)
-        for tilt, turn in ((0.0, 0.0), (35.0, 7.0), (-30.0, 14.0))
+        for tilt, turn in ((0.0, 30.0), (35.0, 37.0), (-30.0, 44.0))
     ]
     return camera.Camera(*(jnp.concatenate(fields) for fields in zip(*orbits, strict=True)))
 

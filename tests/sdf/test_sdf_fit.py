@@ -12,6 +12,7 @@ from v3d_jax.sdf.field import FieldConfig
 from v3d_jax.sdf.hashgrid import GridConfig
 from v3d_jax.sdf.losses import LossConfig
 from v3d_jax.sdf.render import RenderConfig
+from v3d_jax.sdf.start import StartConfig
 from v3d_jax.sdf.targets import Targets
 
 SIZE, CHUNK = 32, 30
@@ -24,7 +25,7 @@ CONFIG = fit.FitConfig(
     render=RenderConfig(samples=16, coarse=48, occupancy=16),
     loss=LossConfig(points=128),
     rates=fit.RateConfig(geometry=5e-3, sharpness=5e-3),
-    begin=fit.BeginConfig(steps=100, points=1024),
+    start=StartConfig(steps=100, points=1024),
 )
 CENTRE = np.float32([0.15, 0.0, -0.1])
 RADIUS = 0.4

@@ -10,7 +10,6 @@ Axes: v view, h w image, r ray, s step, n cells a side of the occupancy grid.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ from jaxtyping import Array, Float, Int32, Key
 
 from v3d_jax.errors import UserError
 from v3d_jax.sdf import field as fields
-from v3d_jax.sdf import losses, occupancy, render, targets, volume
+from v3d_jax.sdf import losses, occupancy, render, start, targets, volume
 from v3d_jax.sdf.field import Field, FieldConfig
 from v3d_jax.sdf.hashgrid import GridConfig
 from v3d_jax.sdf.losses import LossConfig, Perceptual
 from v3d_jax.sdf.render import Rays, RenderConfig, Rendering
+from v3d_jax.sdf.start import StartConfig
 from v3d_jax.sdf.targets import Background, Targets
 from v3d_jax.sdf.volume import Volume
 
@@ -46,16 +46,6 @@ class RateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BeginConfig:
-    """How a field is made to start as a given volume."""
-
-    steps: int = 200
-    points: int = 8192  # a step
-    rate: float = 5e-3
-    near: float = 0.02  # half sides of the box: errors count inversely to the distance plus this
-
-
-@dataclasses.dataclass(frozen=True)
 class FitConfig:
     """Everything static about a fit but the sizes of its frames."""
 
@@ -72,7 +62,7 @@ class FitConfig:
     render: RenderConfig = dataclasses.field(default_factory=RenderConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     rates: RateConfig = dataclasses.field(default_factory=RateConfig)
-    begin: BeginConfig = dataclasses.field(default_factory=BeginConfig)
+    start: StartConfig = dataclasses.field(default_factory=StartConfig)
 
 
 V3D = FitConfig()
@@ -86,7 +76,7 @@ PREVIEW = FitConfig(
     render=RenderConfig(samples=24, coarse=128, occupancy=64),
     loss=LossConfig(points=512),
     rates=RateConfig(geometry=3e-3, sharpness=3e-3),
-    begin=BeginConfig(steps=150, points=4096),
+    start=StartConfig(steps=150, points=4096),
 )
 
 
@@ -103,14 +93,13 @@ def begin(config: FitConfig, key: Key[Array, ""], solid: Volume | None = None) -
     """The state before the first step: a sphere, or `solid` where that is usable."""
     field_key, point_key = jax.random.split(key)
     parameters = fields.initial(config.field, field_key)
+    zero = jnp.asarray(0, jnp.int32)
+    level = open_levels(config, zero)
     if solid is not None:
-        shaped = _shape_as(config, parameters, solid, point_key)
+        shaped = start.shape_as(config.field, config.start, parameters, solid, point_key, level)
         use = volume.usable(config.field, solid)
         parameters = jax.tree.map(lambda a, b: jnp.where(use, a, b), shaped, parameters)
-    zero = jnp.asarray(0, jnp.int32)
-    first = occupancy.initial(
-        config.field, parameters, config.render.occupancy, open_levels(config, zero)
-    )
+    first = occupancy.initial(config.field, parameters, config.render.occupancy, level)
     return State(zero, parameters, _adam().init(parameters), first)
 
 
@@ -307,30 +296,6 @@ def _refresh(
 
     due = state.step % config.refresh == config.refresh - 1
     return lax.cond(due, anew, lambda values: values, state.occupancy)
-
-
-def _shape_as(config: FitConfig, parameters: Field, solid: Volume, key: Key[Array, ""]) -> Field:
-    """Parameters whose distance is that to a solid, found by regression on random points."""
-    told, radius = config.begin, config.field.radius
-    distances = volume.signed_distance(solid)
-    level = open_levels(config, jnp.asarray(0, jnp.int32))
-
-    def loss(parameters: Field, points: Array, wanted: Array) -> Array:
-        error = jnp.abs(fields.sdf(config.field, parameters, points, level) - wanted)
-        return jnp.mean(error / (jnp.abs(wanted) + told.near * radius))
-
-    def one(carry: tuple[Field, Any], step: Array) -> tuple[tuple[Field, Any], None]:
-        parameters, moments = carry
-        chosen = jax.random.fold_in(key, step)
-        points = jax.random.uniform(chosen, (told.points, 3), minval=-radius, maxval=radius)
-        wanted = volume.sample(solid, distances, points)
-        gradient = jax.grad(loss)(parameters, points, wanted)
-        update, moments = _adam().update(gradient, moments)
-        rate = told.rate * 0.5 * (1.0 + jnp.cos(math.pi * step / told.steps))
-        return (jax.tree.map(lambda p, u: p - rate * u, parameters, update), moments), None
-
-    start = (parameters, _adam().init(parameters))
-    return lax.scan(one, start, jnp.arange(told.steps))[0][0]
 
 
 def _adam() -> optax.GradientTransformation:
