@@ -1,3 +1,4 @@
+import functools
 from dataclasses import replace
 
 import jax
@@ -63,12 +64,12 @@ def test_analytic_gradient_is_the_derivative_and_is_learnt_from(radius):
         return sdf, gradient, jax.vmap(lambda x: plain(config, params, x))(places)
 
     def loss(evaluate, params):
-        sdf, gradient, outputs = evaluate(params)
+        sdf, gradient, outputs = evaluate(params)[:3]
         length = jnp.linalg.norm(gradient, axis=-1)
         return jnp.mean((length - 1.0) ** 2 + sdf * gradient[:, 1]) + jnp.mean(outputs**2)
 
     found = _jitted["evaluate"](config, params, places)
-    for one, other in zip(found, jax.jit(by_jax)(params), strict=True):
+    for one, other in zip(found[:3], jax.jit(by_jax)(params), strict=True):
         close(one, other, 1e-5)
     ours = jax.jit(jax.grad(lambda p: loss(lambda q: field.evaluate(config, q, places), p)))
     theirs = jax.jit(jax.grad(lambda p: loss(by_jax, p)))
@@ -152,7 +153,7 @@ def test_functions_for_extraction():
     color = _jitted["color"](CONFIG, params, places)
     assert color.shape == (COUNT, 3)
     assert 0.0 <= float(color.min()) < float(color.max()) <= 1.0
-    shade = jax.jit(field.shade)
+    shade = jax.jit(functools.partial(field.shade, CONFIG))
     stretched = shade(params, found._replace(gradient=7.0 * found.gradient))
     np.testing.assert_allclose(stretched, color, atol=1e-5)
     turned = shade(params, found._replace(gradient=-found.gradient))
@@ -163,3 +164,19 @@ def test_unit_is_finite_at_zero():
     value, gradient = jax.value_and_grad(lambda x: field.unit(x).sum())(jnp.zeros((1, 3)))
     assert float(value) == 0.0
     assert np.isfinite(gradient).all()
+
+
+def test_colors_may_see_the_grid():
+    config = replace(CONFIG, color_sees_grid=True)
+    params, places = rough(config), points()
+    assert params.color[0].kernel.shape[0] == CONFIG.outputs + 3 + 3 + 4
+    found = _jitted["evaluate"](config, params, places)
+    np.testing.assert_allclose(found.inputs[:, :3], places, atol=1e-6)
+    shade = jax.jit(functools.partial(field.shade, config))
+    moved = shade(params, found._replace(inputs=found.inputs + 1.0))
+    assert np.abs(moved - _jitted["color"](config, params, places)).max() > 0.01
+    plain = rough(CONFIG)
+    same = jax.jit(functools.partial(field.shade, CONFIG))
+    np.testing.assert_array_equal(
+        same(plain, found), same(plain, found._replace(inputs=found.inputs + 1.0))
+    )

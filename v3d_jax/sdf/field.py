@@ -43,6 +43,7 @@ class FieldConfig:
     width: int = 64  # of the geometry network's hidden layer
     outputs: int = 13  # of the geometry network: the distance, first, and features
     color_width: int = 64  # of the colour network's two hidden layers
+    color_sees_grid: bool = False  # the colour network gets point and grid features, too
     sphere: float = 0.5  # radius of the sphere that the field starts as, in half sides of the box
     sharpness: float = 0.3  # v at the start
 
@@ -69,7 +70,8 @@ class Evaluation(NamedTuple):
 
     sdf: Float[Array, "n"]
     gradient: Float[Array, "n 3"]
-    outputs: Float[Array, "n c"]  # of the geometry network, what colour is made of
+    outputs: Float[Array, "n c"]  # of the geometry network
+    inputs: Float[Array, "n i"]  # of the geometry network: point in the box and grid features
 
 
 def initial(config: FieldConfig, key: Key[Array, ""]) -> Field:
@@ -82,7 +84,8 @@ def initial(config: FieldConfig, key: Key[Array, ""]) -> Field:
     spread = 1e-4 * jax.random.normal(last_key, (width, config.outputs))
     last = math.sqrt(math.pi / width) + spread
     geometry = (_normalised(first, 0.0), _normalised(last, -config.sphere))
-    sizes = (config.outputs + 3, config.color_width, config.color_width, 3)
+    given = config.outputs + 3 + (3 + features if config.color_sees_grid else 0)
+    sizes = (given, config.color_width, config.color_width, 3)
     color = tuple(
         Layer(_kaiming(one, i, o), jnp.zeros(o))
         for one, i, o in zip(color_keys, sizes[:-1], sizes[1:], strict=True)
@@ -100,7 +103,7 @@ def sdf(
     config: FieldConfig, params: Field, points: Float[Array, "n 3"], level: Level = None
 ) -> Float[Array, "n"]:
     """Signed distance, negative inside; beyond the box that of the nearest features."""
-    return _outputs(config, params, points, level)[:, 0]
+    return _outputs(params, _inputs(config, params, points, level)[0])[:, 0]
 
 
 def evaluate(
@@ -109,20 +112,23 @@ def evaluate(
     """Signed distance, its gradient and the features; differentiable by the parameters."""
     if config.normals == "analytic":
         return _analytic(config, params, points, level)
-    outputs = _outputs(config, params, points, level)
-    return Evaluation(outputs[:, 0], _differences(config, params, points, level), outputs)
+    inputs, _ = _inputs(config, params, points, level)
+    outputs = _outputs(params, inputs)
+    gradient = _differences(config, params, points, level)
+    return Evaluation(outputs[:, 0], gradient, outputs, inputs)
 
 
 def color(
     config: FieldConfig, params: Field, points: Float[Array, "n 3"], level: Level = None
 ) -> Float[Array, "n 3"]:
     """Colours in [0, 1], sRGB, at points on the surface."""
-    return shade(params, evaluate(config, params, points, level))
+    return shade(config, params, evaluate(config, params, points, level))
 
 
-def shade(params: Field, found: Evaluation) -> Float[Array, "n 3"]:
+def shade(config: FieldConfig, params: Field, found: Evaluation) -> Float[Array, "n 3"]:
     """Colours of evaluated points."""
-    hidden = jnp.concatenate([found.outputs, unit(found.gradient)], axis=-1)
+    seen = [found.outputs, unit(found.gradient)]
+    hidden = jnp.concatenate(seen + [found.inputs] * config.color_sees_grid, axis=-1)
     for layer in params.color[:-1]:
         hidden = jax.nn.relu(_affine(layer, hidden, lax.Precision.DEFAULT))
     # A colour is right to 1 / 255: the device's fastest product will do.
@@ -156,7 +162,7 @@ def _analytic(config: FieldConfig, params: Field, points: Array, level: Level) -
     # Over levels and features, elementwise: too short for a matrix product.
     through_grid = jnp.sum(by_feature[..., None] * jacobian, axis=(1, 2))
     gradient = (by_input[:, :3] + 0.5 * through_grid) / config.radius
-    return Evaluation(outputs[:, 0], gradient, outputs)
+    return Evaluation(outputs[:, 0], gradient, outputs, inputs)
 
 
 def _differences(config: FieldConfig, params: Field, points: Array, level: Level) -> Array:
@@ -171,9 +177,8 @@ def _differences(config: FieldConfig, params: Field, points: Array, level: Level
     return (scale / step) * jnp.einsum("nk,kd->nd", values, directions, precision=_HIGHEST)
 
 
-def _outputs(config: FieldConfig, params: Field, points: Array, level: Level) -> Array:
+def _outputs(params: Field, inputs: Float[Array, "n i"]) -> Float[Array, "n c"]:
     first, last = params.geometry
-    inputs, _ = _inputs(config, params, points, level)
     return _affine(last, _softplus(_affine(first, inputs, _HIGHEST))[0], _HIGHEST)
 
 

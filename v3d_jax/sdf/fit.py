@@ -66,15 +66,16 @@ class FitConfig:
 
 
 V3D = FitConfig()
-# About a minute on two CPU cores.
+# A minute or so on two CPU cores. Few steps: colour counts for more, and needs no way through the
+# geometry's outputs, or it lags behind the shape and says nothing about it.
 PREVIEW = FitConfig(
-    steps=600,
+    steps=1_200,
     rays=512,
     open_first=2,
     refresh_all=64,
-    field=FieldConfig(grid=GridConfig(levels=4, base=16, growth=1.587)),
+    field=FieldConfig(grid=GridConfig(levels=4, base=16, growth=1.587), color_sees_grid=True),
     render=RenderConfig(samples=24, coarse=128, occupancy=64),
-    loss=LossConfig(points=512),
+    loss=LossConfig(color=10.0, points=512),
     rates=RateConfig(geometry=3e-3, sharpness=3e-3),
     start=StartConfig(steps=150, points=4096),
 )

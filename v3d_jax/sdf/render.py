@@ -169,7 +169,7 @@ def render(
     slope = jnp.sum(normals * rays.directions[:, None], axis=-1)
     alpha = opacity(found.sdf.reshape(shape), slope, samples.width, sharpness, anneal)
     weights = composite(jnp.where(samples.valid[:, None], alpha, 0.0))
-    color = field.shade(params, found).reshape(*shape, 3)
+    color = field.shade(config, params, found).reshape(*shape, 3)
     return Rendering(
         jnp.sum(weights[..., None] * color, axis=1),
         jnp.sum(weights, axis=1),
