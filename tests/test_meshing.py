@@ -12,6 +12,7 @@ import pytest
 import trimesh
 
 from v3d_jax import errors, meshing, splatting
+from v3d_jax.data import output
 from v3d_jax.mesh import extract, texels, topology, unwrap
 
 ARGS = meshing.MeshArgs(
@@ -83,10 +84,12 @@ def test_report_and_renders(made, frames):
 def test_files_are_written_whole(made, tmp_path):
     args = meshing.MeshArgs(mesh_formats="obj, ply")
     meshing.check(args)
-    meshing.write(tmp_path, args, made[0])
+    item = output.Mesh(made[0].painted, made[0].renders, meshing.formats(args))
+    path = tmp_path / "out"
+    output.write_reconstruction(path, made[0].renders, {}, mesh=item)
     names = {"mesh.glb", "mesh.obj", "mesh.mtl", "mesh.png", "mesh.ply"}
-    assert {file.name for file in tmp_path.iterdir()} == names
-    _, arrays, faces, picture = painted.unpack((tmp_path / "mesh.glb").read_bytes())
+    assert {file.name for file in path.iterdir()} == names | {"preview.png", "report.json"}
+    _, arrays, faces, picture = painted.unpack((path / "mesh.glb").read_bytes())
     assert picture.shape == (painted.SIDE, painted.SIDE, 3)
     welded, index = np.unique(arrays["POSITION"], axis=0, return_inverse=True)
     assert topology.is_watertight(topology.Triangles(welded, index.reshape(-1)[faces]))

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trimesh
 from PIL import Image
 
-from v3d_jax import errors, reconstruct, splatting
+from v3d_jax import errors, meshing, reconstruct, splatting, surfacing
 from v3d_jax.data import output
 from v3d_jax.ops import camera
 from v3d_jax.splat import gaussians, rasterize, start
@@ -102,6 +103,32 @@ def test_views_become_gaussians(tmp_path, source, frames, capsys, monkeypatch):
     assert not [file for file in tmp_path.iterdir() if "partial" in file.name]
 
 
+@pytest.mark.slow
+def test_views_become_a_mesh(tmp_path, source, frames, capsys):
+    args = meshing.MeshArgs(
+        faces=500, colours="vertices", texture_steps=20, mesh_resolution=64, mesh_formats="ply"
+    )
+    surface = surfacing.SurfaceArgs("preview", surface_steps=60)
+    path = reconstruct.run(
+        arguments(source, tmp_path / "out", stages="mesh", mesh=args, surface=surface)
+    )
+    captured = capsys.readouterr()
+    for stage in ("hull", "surface", "extract", "texture"):
+        assert f"{stage:7}" in captured.err
+    names = {"mesh.glb", "mesh.ply", "preview.png", "report.json"}
+    assert {file.name for file in path.iterdir()} == names
+    report = json.loads((path / "report.json").read_text())
+    assert report["mesh"]["watertight"] is True
+    assert report["mesh"]["field"]["carved"] is True
+    assert f"{report['mesh']['faces']} faces" in captured.out
+    ball = trimesh.load(path / "mesh.ply")
+    assert ball.is_watertight
+    # 0.5 and the outermost Gaussians' blur, give or take two of the pictures' coarse pixels.
+    np.testing.assert_allclose(ball.bounds, [[-0.6] * 3, [0.6] * 3], atol=0.15)
+    white = np.mean([-10.0 * math.log10(np.square(1 - f / 255.0).mean()) for f in frames[0]])
+    assert report["mesh"]["psnr"] > white + 4.0
+
+
 def test_without_weights_the_recipe_goes_on(monkeypatch, frames, capsys):
     class StoppedError(Exception):
         pass
@@ -143,6 +170,7 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path, source, frames, monkeyp
     assert "--tolerated" in line(source, "--tolerated", "-1")
     assert "--max-side" in line(source, "--max-side", "4")
     assert "--fit-steps 0" in line(source, "--fit-steps", "0")
+    assert "--mesh-resolution 9" in line(source, "--mesh-resolution", "9")
     white = np.full((VIEWS, SIZE, SIZE, 3), 255, np.uint8)
     white[:, 0, 0] -= np.arange(VIEWS, dtype=np.uint8)[:, None]
     assert "show no object" in changed(white)

@@ -9,7 +9,7 @@ import pytest
 import tiny_generator
 from PIL import Image
 
-from v3d_jax import console, errors, pipeline, sample, splatting
+from v3d_jax import console, errors, pipeline, sample, splatting, surfacing
 from v3d_jax.data import preprocess
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.splat import gaussians
@@ -117,6 +117,19 @@ def test_splats_of_a_picture(tmp_path, model, picture, capsys):
     np.testing.assert_array_equal(frames(path), frames(alone))
 
 
+def test_a_failed_mesh_leaves_the_rest(tmp_path, model, picture, monkeypatch):
+    def no_surface(args, frames, key, seconds):
+        raise errors.UserError("the fitted field has no surface")
+
+    monkeypatch.setattr(surfacing, "reconstruct", no_surface)
+    monkeypatch.setattr(splatting, "check_frames", lambda frames: None)
+    with pytest.raises(errors.UserError, match="toy has no mesh: the fitted field has no surface"):
+        sample.run(arguments(model, picture, out=tmp_path / "out", stages="video,mesh"))
+    path = tmp_path / "out" / "toy"
+    assert {file.name for file in path.iterdir()} == FILES
+    assert "mesh" not in json.loads((path / "report.json").read_text())
+
+
 def test_same_seed_same_files(tmp_path, model, picture):
     def run(seed, name):
         (path,) = sample.run(arguments(model, picture, out=tmp_path / name, seed=seed))
@@ -164,8 +177,11 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path, model, picture, monkeyp
     assert "1 x 1" in with_model(tmp_path / "dot.png")
     assert "transparent everywhere" in with_model(picture, tmp_path / "clear.png")
     assert "would both be written" in with_model(picture, tmp_path / "toy.jpg")
-    assert "'mesh' is not available" in with_model("--stages", "video,splats,mesh")
+    assert "'cake' is not available" in with_model("--stages", "video,cake")
     assert "give video,splats" in with_model("--stages", "splats")
+    assert "give video,mesh" in with_model("--stages", "mesh")
+    assert "--faces 9" in with_model("--faces", "9")
+    assert "--surface-steps 0" in with_model("--surface-steps", "0")
     assert "--gaussians 3" in with_model("--gaussians", "3")
     assert "--degree 4" in with_model("--degree", "4")
     assert "--steps 0" in with_model("--steps", "0")

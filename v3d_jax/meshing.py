@@ -5,7 +5,6 @@ Axes: v view, h w image.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt8
 
-from v3d_jax import console, errors, pipeline, splatting
+from v3d_jax import console, errors, pipeline, splatting, surfacing
 from v3d_jax.data import views
 from v3d_jax.mesh import bake, export, extract, simplify, texture, topology, unwrap
 from v3d_jax.mesh.topology import Triangles
 from v3d_jax.ops import camera
 
 STAGES = ("field", "extract", "unwrap", "texture")  # names of the times spent
-NAME = "mesh.glb"
 # Pixels of all frames together from which on some are left out when colours are fitted: those that
 # see the mesh, about a third, take 192 bytes each.
 _MOST_PIXELS = 1 << 26
@@ -89,7 +87,7 @@ def check(args: MeshArgs) -> None:
             raise errors.UserError(f"--{flag} {value}: a multiple of {extract.BLOCK} is needed")
     if args.colours == "texture" and not unwrap.available():
         raise errors.UserError("--colours texture needs xatlas: pip install xatlas")
-    for suffix in _formats(args):
+    for suffix in formats(args):
         if f".{suffix}" not in export.SUFFIXES:
             known = ", ".join(one[1:] for one in export.SUFFIXES)
             raise errors.UserError(
@@ -148,14 +146,26 @@ def reconstruct(
     return Result(painted, found.renders, shown, report)
 
 
-def write(folder: Path, args: MeshArgs, result: Result) -> None:
-    """Writes mesh.glb and what else was asked for; each aside first. Raises `UserError`."""
-    for suffix in ("glb", *_formats(args)):
-        export.save(folder / Path(NAME).with_suffix(f".{suffix}"), result.painted)
+def told(result: Result, seconds: dict[str, float]) -> str:
+    """A run's last line on it."""
+    spent = sum(seconds.get(stage, 0.0) for stage in STAGES)
+    return f"{result.report['faces']} faces in {spent:.1f} s ({result.report['psnr']:.2f} dB)"
 
 
-def _formats(args: MeshArgs) -> list[str]:
-    return [one.strip().lower() for one in args.mesh_formats.split(",") if one.strip()]
+def field_of(args: surfacing.SurfaceArgs) -> FitField:
+    """The fit of a signed distance field to frames, by these settings."""
+
+    def fit(frames: splatting.Frames, key: Key[Array, ""], seconds: dict[str, float]) -> Field:
+        found = surfacing.reconstruct(args, frames, key, seconds)
+        box = extract.Box(np.asarray(found.place.corner), float(found.place.side))
+        return Field(found.sdf, found.color, box, found.report)
+
+    return fit
+
+
+def formats(args: MeshArgs) -> tuple[str, ...]:
+    """The file formats beside GLB that were asked for."""
+    return tuple(one.strip().lower() for one in args.mesh_formats.split(",") if one.strip())
 
 
 def _usual(accelerator: int, cpu: int) -> int:

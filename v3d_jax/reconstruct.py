@@ -1,35 +1,41 @@
-"""Posed views to 3D Gaussians: `python -m v3d_jax.reconstruct SOURCE --out DIR`.
+"""Posed views to 3D Gaussians or a mesh: `python -m v3d_jax.reconstruct SOURCE --out DIR`.
 
 SOURCE is a folder that `python -m v3d_jax.sample` wrote, a transforms file or its folder, the mp4
-of an orbit, or a folder with a COLMAP model. DIR gets splats.ply, splats.mp4, preview.png and
-report.json (docs/method.md).
+of an orbit, or a folder with a COLMAP model. DIR gets splats.ply and splats.mp4, with
+`--stages splats,mesh` also mesh.glb, preview.png and report.json (docs/method.md).
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from v3d_jax import console, errors, splatting
+from v3d_jax import console, errors, meshing, splatting, surfacing
 from v3d_jax.data import output, views
 
-STAGES = ("splats",)
+STAGES = ("splats", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructArgs:
-    """Fits 3D Gaussians to posed views."""
+    """Fits 3D Gaussians, a mesh or both to posed views."""
 
     source: tyro.conf.Positional[Path]
     """A result of v3d_jax.sample, a transforms file or its folder, an mp4, a COLMAP model."""
     out: Path = Path("out")
     """Folder that receives the result."""
     stages: str = "splats"
-    """What to make: splats."""
+    """What to make, separated by commas: splats, mesh."""
     splats: Annotated[splatting.SplatArgs, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=splatting.SplatArgs
+    )
+    surface: Annotated[surfacing.SurfaceArgs, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=surfacing.SurfaceArgs
+    )
+    mesh: Annotated[meshing.MeshArgs, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=meshing.MeshArgs
     )
     max_side: int = views.MAX_SIDE
     """Pictures longer than this many pixels are shrunk."""
@@ -56,13 +62,30 @@ def run(args: ReconstructArgs) -> Path:
     _check(args)
     if args.cache:
         console.enable_cache()
-    seconds: dict[str, float] = {}
+    wanted, seconds = _stages(args.stages), dict[str, float]()
     with console.timed(seconds, "load"):
         given = views.read(args.source, max_side=args.max_side)
     for remark in given.notes:
         console.note(remark)
     frames = splatting.Frames(given.images, given.alpha, given.cameras, args.tolerated)
-    made = splatting.reconstruct(args.splats, frames, args.seed, seconds)
+    written: dict[str, Any] = {}
+    reports, made, failure = {}, [], None
+    if "splats" in wanted:
+        splats = splatting.reconstruct(args.splats, frames, args.seed, seconds)
+        reports["splats"], written["splats"] = splats.report, output.Splats(*splats[:3])
+        made.append(splatting.told(splats, seconds))
+    if "mesh" in wanted:
+        # Splats are worth keeping where there can be no mesh.
+        try:
+            fit = meshing.field_of(args.surface)
+            mesh = meshing.reconstruct(args.mesh, frames, fit, args.seed, seconds)
+            written["mesh"] = output.Mesh(mesh.painted, mesh.renders, meshing.formats(args.mesh))
+            reports["mesh"] = mesh.report
+            made.append(meshing.told(mesh, seconds))
+        except errors.UserError as error:
+            if not written:
+                raise
+            failure = error
     shown = (views.on_white(given.images, given.alpha) * 255.0 + 0.5).astype(np.uint8)
     report = {
         "source": str(args.source),
@@ -70,19 +93,22 @@ def run(args: ReconstructArgs) -> Path:
         "size": [given.images.shape[2], given.images.shape[1]],
         "notes": list(given.notes),
         "seed": args.seed,
-        "splats": made.report,
+        **reports,
         **console.machine(seconds),
     }
-    output.write_reconstruction(args.out, shown, output.Splats(*made[:3]), report)
-    spent = sum(seconds[stage] for stage in splatting.STAGES)
-    count = made.gaussians.means.shape[0]
-    psnr = made.report["psnr"]
-    print(f"{args.out}: {count} Gaussians in {spent:.1f} s, {psnr:.2f} dB over {len(shown)} views")
+    output.write_reconstruction(args.out, shown, report, **written)
+    print(f"{args.out}: {', '.join(made)}, of {len(shown)} views")
+    if failure is not None:
+        raise errors.UserError(f"{args.out} has no mesh: {failure}")
     return args.out
 
 
+def _stages(text: str) -> list[str]:
+    return [stage.strip() for stage in text.split(",")]
+
+
 def _check(args: ReconstructArgs) -> None:
-    unknown = [stage for stage in args.stages.split(",") if stage.strip() not in STAGES]
+    unknown = [stage for stage in _stages(args.stages) if stage not in STAGES]
     if unknown:
         raise errors.UserError(
             f"--stages: {unknown[0]!r} is not available; there is: {', '.join(STAGES)}"
@@ -94,6 +120,8 @@ def _check(args: ReconstructArgs) -> None:
     if args.max_side < splatting.MIN_SIDE:
         raise errors.UserError(f"--max-side {args.max_side}: at least {splatting.MIN_SIDE}")
     splatting.check(args.splats)
+    surfacing.check(args.surface)
+    meshing.check(args.mesh)
     out, source = args.out.resolve(), args.source.resolve()
     if out == source or out in source.parents:
         raise errors.UserError(f"--out {args.out} holds the source and would replace it")

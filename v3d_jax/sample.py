@@ -1,8 +1,8 @@
 """Pictures to orbit videos and splats: `python -m v3d_jax.sample IMAGE... --out DIR`.
 
 Every picture gets a folder DIR/<stem>/ with input.png, frames/, orbit.mp4, transforms.json,
-preview.png and report.json, and with `--stages video,splats` splats.ply and splats.mp4
-(docs/method.md). Without a picture the packaged example is used.
+preview.png and report.json; with `--stages video,splats,mesh` also splats.ply, splats.mp4 and
+mesh.glb (docs/method.md). Without a picture the packaged example is used.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ import tyro
 from flax import nnx
 from jaxtyping import UInt8
 
-from v3d_jax import console, errors, pipeline, splatting
+from v3d_jax import console, errors, meshing, pipeline, splatting, surfacing
 from v3d_jax.data import output, preprocess
 from v3d_jax.ops import camera
 from v3d_jax.weights import folder, packaged
 
-STAGES = ("video", "splats")
+STAGES = ("video", "splats", "mesh")
 # Generated frames that may lack a part of the object before it is cut away.
 TOLERATED = 2
 EXAMPLE = packaged.ASSETS / "example.png"
@@ -29,7 +29,7 @@ EXAMPLE = packaged.ASSETS / "example.png"
 
 @dataclasses.dataclass(frozen=True)
 class SampleArgs:
-    """Turns pictures of objects into orbit videos and 3D Gaussians."""
+    """Turns pictures of objects into orbit videos, 3D Gaussians and meshes."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Pictures, best with a transparent background; without any the packaged example."""
@@ -50,9 +50,15 @@ class SampleArgs:
     border: float = preprocess.BORDER
     """Empty share of the frame around the object."""
     stages: str = "video"
-    """How far to go, separated by commas: video, or video,splats."""
+    """What to make, separated by commas: video, and of it splats, mesh or both."""
     splats: Annotated[splatting.SplatArgs, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=splatting.SplatArgs
+    )
+    surface: Annotated[surfacing.SurfaceArgs, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=surfacing.SurfaceArgs
+    )
+    mesh: Annotated[meshing.MeshArgs, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=meshing.MeshArgs
     )
     activations: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the networks' activations; auto is float32 on a CPU, else bfloat16."""
@@ -80,7 +86,7 @@ def run(args: SampleArgs) -> list[Path]:
     folders = output.plan(pictures, args.out)
     if args.cache:
         console.enable_cache()
-    seconds: dict[str, float] = {}
+    wanted, seconds = stages(args.stages), dict[str, float]()
     with console.timed(seconds, "load"):
         model = folder.load(packaged.resolve(args.model))
         settings = configure(args, model)
@@ -96,32 +102,41 @@ def run(args: SampleArgs) -> list[Path]:
     for picture, one, target in zip(pictures, prepared, folders, strict=True):
         spent = dict(seconds)
         frames = generate(settings, params, one.image, args.seed, spent)
-        splats = None
-        if "splats" in stages(args.stages):
-            posed = splatting.Frames(frames, None, cameras, TOLERATED)
+        posed = splatting.Frames(frames, None, cameras, TOLERATED)
+        splats, mesh, failure = None, None, None
+        if "splats" in wanted:
             splats = splatting.reconstruct(args.splats, posed, args.seed, spent)
+        if "mesh" in wanted:
+            # What the mesh is made of is worth keeping where there can be none.
+            try:
+                fit = meshing.field_of(args.surface)
+                mesh = meshing.reconstruct(args.mesh, posed, fit, args.seed, spent)
+            except errors.UserError as error:
+                failure = error
         report = describe(args, settings, picture, one, spent)
-        if splats is None:
-            output.write(target, one.rgba, frames, cameras, report)
-        else:
+        written: dict[str, Any] = {}
+        if splats is not None:
             report["splats"] = splats.report
-            output.write(target, one.rgba, frames, cameras, report, output.Splats(*splats[:3]))
+            written["splats"] = output.Splats(*splats[:3])
+        if mesh is not None:
+            report["mesh"] = mesh.report
+            written["mesh"] = output.Mesh(mesh.painted, mesh.renders, meshing.formats(args.mesh))
+        output.write(target, one.rgba, frames, cameras, report, **written)
         generated = sum(spent[stage] for stage in ("encode", "sample", "decode"))
-        print(f"{target}: {len(frames)} frames in {generated:.1f} s{_told(splats, spent)}")
+        made = [f"{len(frames)} frames in {generated:.1f} s"]
+        if splats is not None:
+            made.append(splatting.told(splats, spent))
+        if mesh is not None:
+            made.append(meshing.told(mesh, spent))
+        print(f"{target}: {', '.join(made)}")
+        if failure is not None:
+            raise errors.UserError(f"{target} has no mesh: {failure}")
     return folders
 
 
 def stages(text: str) -> list[str]:
     """The stages of a list separated by commas."""
     return [stage.strip() for stage in text.split(",")]
-
-
-def _told(splats: splatting.Result | None, seconds: dict[str, float]) -> str:
-    if splats is None:
-        return ""
-    count = splats.gaussians.means.shape[0]
-    spent = sum(seconds[stage] for stage in splatting.STAGES)
-    return f", {count} Gaussians in {spent:.1f} s ({splats.report['psnr']:.2f} dB)"
 
 
 def configure(args: SampleArgs, model: folder.Model) -> pipeline.Settings:
@@ -199,8 +214,11 @@ def _check(args: SampleArgs) -> None:
             f"--stages: {unknown[0]!r} is not available; there is: {', '.join(STAGES)}"
         )
     if "video" not in stages(args.stages):
-        raise errors.UserError("--stages: splats are made of the video: give video,splats")
+        made = ",".join(stages(args.stages))
+        raise errors.UserError(f"--stages: {made} needs the video: give video,{made}")
     splatting.check(args.splats)
+    surfacing.check(args.surface)
+    meshing.check(args.mesh)
     if args.steps is not None and args.steps < 1:
         raise errors.UserError(f"--steps {args.steps}: at least 1 is needed")
     if not 0.0 <= args.border < 1.0:

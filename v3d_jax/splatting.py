@@ -156,6 +156,13 @@ def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, f
     return Result(gaussians, renders, film, report)
 
 
+def told(result: Result, seconds: dict[str, float]) -> str:
+    """A run's last line on it."""
+    spent = sum(seconds[stage] for stage in STAGES)
+    count = result.gaussians.means.shape[0]
+    return f"{count} Gaussians in {spent:.1f} s ({result.report['psnr']:.2f} dB)"
+
+
 def turn(cameras: camera.Camera, count: int) -> camera.Camera:
     """`count` cameras once around what `cameras` look at, starting near the first of them.
 

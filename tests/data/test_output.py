@@ -135,7 +135,7 @@ def test_splats_lie_beside_the_orbit_and_alone(tmp_path, rgba, frames, cameras):
     turn = np.full((12, SIZE, SIZE, 3), 90, np.uint8)
     splats = output.Splats(made, frames[::-1], turn)
     output.write(tmp_path / "a", rgba, frames, cameras, {}, splats)
-    output.write_reconstruction(tmp_path / "b", frames, splats, {"seed": 3})
+    output.write_reconstruction(tmp_path / "b", frames, {"seed": 3}, splats)
     alone = {"splats.ply", "splats.mp4", "preview.png", "report.json"}
     assert {path.name for path in (tmp_path / "b").iterdir()} == alone
     assert {path.name for path in (tmp_path / "a").iterdir()} == alone | {

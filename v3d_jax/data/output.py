@@ -18,6 +18,7 @@ from PIL import Image
 
 from v3d_jax.data import preprocess
 from v3d_jax.errors import UserError
+from v3d_jax.mesh import export
 from v3d_jax.ops import camera
 from v3d_jax.splat import gaussians as splat_files
 from v3d_jax.splat.gaussians import Gaussians
@@ -36,6 +37,14 @@ class Splats(NamedTuple):
     gaussians: Gaussians
     renders: UInt8[np.ndarray, "v h w 3"]  # in the frames' places
     turn: UInt8[np.ndarray, "n h w 3"]  # a smooth turn
+
+
+class Mesh(NamedTuple):
+    """A coloured surface and what it looks like on white."""
+
+    painted: export.Painted
+    renders: UInt8[np.ndarray, "v h w 3"]  # in places of frames, of all or of some
+    formats: tuple[str, ...] = ()  # of files beside mesh.glb: obj, ply
 
 
 def plan(pictures: Sequence[Path], out: Path) -> list[Path]:
@@ -77,6 +86,7 @@ def write(
     cameras: camera.Camera,
     report: dict[str, Any],
     splats: Splats | None = None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Writes every file of one picture, replacing what an earlier run left in `folder`.
 
@@ -91,32 +101,49 @@ def write(
             Image.fromarray(frame).save(aside / name)
         write_mp4(aside / "orbit.mp4", frames)
         _write_json(aside / "transforms.json", transforms(cameras, names))
-        rows = [frames] if splats is None else [frames, splats.renders]
-        sheet = contact_sheet(preprocess.on_white(rgba), *rows)
-        Image.fromarray(sheet).save(aside / "preview.png")
-        if splats is not None:
-            _write_splats(aside, splats)
-        _write_json(aside / REPORT, {"program": PROGRAM, **report})
+        _write_made(aside, preprocess.on_white(rgba), frames, report, splats, mesh)
 
 
 def write_reconstruction(
-    folder: Path, views: UInt8[np.ndarray, "v h w 3"], splats: Splats, report: dict[str, Any]
+    folder: Path,
+    views: UInt8[np.ndarray, "v h w 3"],
+    report: dict[str, Any],
+    splats: Splats | None = None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Writes what was made of posed views, replacing what an earlier run left in `folder`.
 
     `views` are on white. Raises `UserError` as `write` does.
     """
-    shown = np.unique(np.linspace(0, len(views) - 1, min(len(views), _SHOWN)).astype(int))
     with _aside(folder) as aside:
-        sheet = contact_sheet(views[0], views[shown], splats.renders[shown])
-        Image.fromarray(sheet).save(aside / "preview.png")
-        _write_splats(aside, splats)
-        _write_json(aside / REPORT, {"program": PROGRAM, **report})
+        _write_made(aside, views[0], _few(views), report, splats, mesh)
 
 
-def _write_splats(aside: Path, splats: Splats) -> None:
-    splat_files.save_ply(aside / "splats.ply", splats.gaussians)
-    write_mp4(aside / "splats.mp4", splats.turn, TURN_FPS)
+def _write_made(
+    aside: Path,
+    image: UInt8[np.ndarray, "a b 3"],
+    views: UInt8[np.ndarray, "v h w 3"],
+    report: dict[str, Any],
+    splats: Splats | None,
+    mesh: Mesh | None,
+) -> None:
+    """Splats, mesh, the sheet that shows them under `views`, and the report."""
+    rows = [views]
+    if splats is not None:
+        splat_files.save_ply(aside / "splats.ply", splats.gaussians)
+        write_mp4(aside / "splats.mp4", splats.turn, TURN_FPS)
+        rows.append(_few(splats.renders))
+    if mesh is not None:
+        for suffix in ("glb", *mesh.formats):
+            export.save(aside / f"mesh.{suffix}", mesh.painted)
+        rows.append(_few(mesh.renders))
+    Image.fromarray(contact_sheet(image, *rows)).save(aside / "preview.png")
+    _write_json(aside / REPORT, {"program": PROGRAM, **report})
+
+
+def _few(views: UInt8[np.ndarray, "v h w 3"]) -> UInt8[np.ndarray, "s h w 3"]:
+    """At most as many as a sheet shows, evenly spaced."""
+    return views[np.unique(np.linspace(0, len(views) - 1, min(len(views), _SHOWN)).astype(int))]
 
 
 @contextlib.contextmanager
