@@ -14,6 +14,7 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -73,34 +74,50 @@ def unseen(size: int) -> camera.Camera:
     return camera.Camera(*(jnp.concatenate(pair) for pair in zip(*sides, strict=True)))
 
 
-def render(path: Path, count: int, size: int) -> list[Orbits]:
-    """Both orbits of some held-out objects, under the standard lights."""
+def chosen(path: Path, count: int) -> list[pack.Item]:
+    """Some held-out objects, evenly spread over the collection."""
     collection = pack.Collection(path)
     numbers = [i for i, row in enumerate(collection.rows) if row["split"] == "heldout"]
     spread = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
-    items = [collection.read(numbers[place]) for place in spread]
+    return [collection.read(numbers[place]) for place in spread]
+
+
+def draw(items: list[pack.Item], lenses: camera.Camera, size: int) -> Iterator[shade.Views]:
+    """Every object's views under the standard lights, one object after the other."""
     # All of one size, for one compiled program.
     meshes = surface.stack([item.mesh for item in items])
-    seen = camera.orbit(width=size, height=size)
-    lenses = camera.Camera(*(jnp.concatenate(x) for x in zip(seen, unseen(size), strict=True)))
     raster = rasterize.RasterConfig(size, size, SUPERSAMPLE)
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], meshes) for i in range(len(items))]
     fits = [rasterize.fit(mesh, lenses, raster, views_per_pass=1, steps=1) for mesh in each]
-    draw = functools.partial(
+    render = functools.partial(
         shade.render,
         config=rasterize.largest(*fits),
         alpha=surface.has_alpha(meshes),
         views_per_pass=1,
     )
-    draw = jax.jit(draw)
-    orbits = []
+    render = jax.jit(render)
     for item, mesh in zip(items, each, strict=True):
-        made = draw(mesh, lenses, shade.standard_lights())
+        made = render(mesh, lenses, shade.standard_lights())
         if bool(made.overflow(rasterize.largest(*fits))):
             raise RuntimeError(f"{item.name}: the renderer's capacities were too small")
-        rgba = (np.asarray(made.rgba) * 255.0 + 0.5).astype(np.uint8)
-        colors, alpha = rgba[..., :3], rgba[..., 3]
-        half = len(rgba) // 2
+        yield made
+
+
+def pictures(made: shade.Views) -> tuple[np.ndarray, np.ndarray]:
+    """Straight colours [v, h, w, 3] and alpha of 8 bits."""
+    rgba = (np.asarray(made.rgba) * 255.0 + 0.5).astype(np.uint8)
+    return rgba[..., :3], rgba[..., 3]
+
+
+def render(path: Path, count: int, size: int) -> list[Orbits]:
+    """Both orbits of some held-out objects, under the standard lights."""
+    items = chosen(path, count)
+    seen = camera.orbit(width=size, height=size)
+    lenses = camera.Camera(*(jnp.concatenate(x) for x in zip(seen, unseen(size), strict=True)))
+    orbits = []
+    for item, made in zip(items, draw(items, lenses, size), strict=True):
+        colors, alpha = pictures(made)
+        half = len(colors) // 2
         targets = fit.Targets(jnp.asarray(colors[:half]), jnp.asarray(alpha[:half]), seen)
         truth = views.on_white(colors[half:], alpha[half:])
         orbits.append(Orbits(item.name, targets, unseen(size), truth))
