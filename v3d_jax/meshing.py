@@ -31,7 +31,7 @@ class Field(NamedTuple):
     """A fitted surface: where `sdf` is zero within `box`, negative inside; world units."""
 
     sdf: extract.Sdf
-    colour: bake.Colour | None  # sRGB in [0, 1] of points on the surface, for what no frame shows
+    color: bake.Color | None  # sRGB in [0, 1] of points on the surface, for what no frame shows
     box: extract.Box
     report: dict[str, Any]
 
@@ -125,7 +125,7 @@ def reconstruct(
     )
     atlas = _unwrapped(args, surface, config.side, seconds)
     shown = _shown(frames)
-    found = _colored(config, surface, atlas, frames, shown, field.colour, color_key, seconds)
+    found = _colored(config, surface, atlas, frames, shown, field.color, color_key, seconds)
     truth = views.on_white(frames.images, frames.alpha)[shown]
     report = {
         "field": field.report,
@@ -209,7 +209,7 @@ def _colored(
     atlas: unwrap.Atlas | None,
     frames: splatting.Frames,
     shown: Int[np.ndarray, "i"],
-    prior: bake.Colour | None,
+    prior: bake.Color | None,
     key: Key[Array, ""],
     seconds: dict[str, float],
 ) -> bake.Colors:

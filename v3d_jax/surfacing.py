@@ -17,13 +17,12 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from v3d_jax import console, errors
+from v3d_jax import console, errors, splatting
 from v3d_jax.nn import lpips
 from v3d_jax.ops import camera
 from v3d_jax.sdf import field, fit, losses, targets, volume
-from v3d_jax.splat import carve, silhouette
+from v3d_jax.splat import carve
 from v3d_jax.splatting import Frames
-from v3d_jax.weights import lpips as lpips_weights
 
 STAGES = ("hull", "surface")  # names of the times spent
 _PRESETS = {"v3d": fit.V3D, "preview": fit.PREVIEW}
@@ -108,7 +107,7 @@ def reconstruct(
         # Pixels at outlines are mixed with it.
         config = dataclasses.replace(config, background="white")
     network, params = _perceptual(config)
-    pictures, masks = jnp.asarray(frames.images), _masks(frames)
+    pictures, masks = jnp.asarray(frames.images), jnp.asarray(splatting.masks(frames))
     with console.progress(seconds, "hull", 1) as bar:
         tolerated = min(frames.tolerated, len(frames.images) - 1)
         told = carve.CarveConfig(resolution=config.render.occupancy, tolerated=tolerated)
@@ -180,18 +179,6 @@ def _into(place: Place, cameras: camera.Camera) -> camera.Camera:
     return cameras._replace(world_to_camera=pose.at[:, :3, 3].set(offset))
 
 
-@jax.jit
-def _from_white(pictures: Array) -> Array:
-    return silhouette.from_white(pictures)
-
-
-def _masks(frames: Frames) -> Array:
-    """Alpha, or what is not white."""
-    if frames.alpha is not None:
-        return jnp.asarray(frames.alpha)
-    return _from_white(jnp.asarray(frames.images))
-
-
 def _carved(
     config: carve.CarveConfig, masks: Array, cameras: camera.Camera
 ) -> tuple[volume.Volume, Place, Array]:
@@ -224,8 +211,5 @@ def _perceptual(config: fit.FitConfig) -> tuple[losses.Perceptual | None, Any]:
     """LPIPS and its parameters where the fit asks for it and they are there."""
     if not config.loss.lpips:
         return None, None
-    try:
-        return lpips.distance, lpips_weights.load("vgg")
-    except lpips_weights.LPIPSUnavailable as error:
-        console.note(f"{error}; without them the surface's fit has no perceptual term")
-        return None, None
+    params = splatting.load_lpips("vgg", "the surface's fit has no perceptual term")
+    return (None, None) if params is None else (lpips.distance, params)

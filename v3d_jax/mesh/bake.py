@@ -23,7 +23,7 @@ from v3d_jax.mesh.topology import Triangles
 from v3d_jax.mesh.unwrap import Atlas
 from v3d_jax.ops import binning
 
-Colour = Callable[[Float[Array, "n 3"]], Float[Array, "n 3"]]
+Color = Callable[[Float[Array, "n 3"]], Float[Array, "n 3"]]
 
 # Pixels, of all views together, from which on a value counts as seen.
 _SEEN = 0.05
@@ -57,7 +57,7 @@ def bake(
     *,
     perceptual: texture.Perceptual | None = None,
     params: Any = None,
-    prior: Colour | None = None,
+    prior: Color | None = None,
     chunk: int = 100,
     progress: Callable[[int, float], None] | None = None,
 ) -> Colors:
@@ -121,7 +121,7 @@ def _projected(
     return color, seen
 
 
-def _colored(prior: Colour, points: Float[np.ndarray, "s 3"]) -> Float[np.ndarray, "s 3"]:
+def _colored(prior: Color, points: Float[np.ndarray, "s 3"]) -> Float[np.ndarray, "s 3"]:
     count = len(points)
     more = ((0, binning.next_size(count) - count), (0, 0))
     field = prior if isinstance(prior, jax.tree_util.Partial) else jax.tree_util.Partial(prior)
@@ -129,7 +129,7 @@ def _colored(prior: Colour, points: Float[np.ndarray, "s 3"]) -> Float[np.ndarra
 
 
 @jax.jit
-def _evaluate(field: Colour, points: Float[Array, "s 3"]) -> Float[Array, "s 3"]:
+def _evaluate(field: Color, points: Float[Array, "s 3"]) -> Float[Array, "s 3"]:
     return field(points)
 
 
