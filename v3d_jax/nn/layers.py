@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from v3d_jax.ops import attention
+from v3d_jax.ops import attention, frame_attention
 
 GROUPS = 32
 
@@ -225,6 +225,14 @@ class Attention(nnx.Module):
         context = x if context is None else context
         q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return self.to_out(attention.attention(q, k, v, impl=self.impl).reshape(x.shape))
+
+    def across_frames(self, x: Float[Array, "b t s c"]) -> Float[Array, "b t s c"]:
+        """Every pixel attends to itself in all frames."""
+        q, k, v = (
+            layer(x).reshape(*x.shape[:3], -1, self.head_channels)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.to_out(frame_attention.attention(q, k, v).reshape(x.shape))
 
     def one_key(self, context: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
         """The result for any query where the context is a single token: the softmax is then 1."""

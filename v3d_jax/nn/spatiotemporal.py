@@ -193,10 +193,7 @@ class TemporalBlock(nnx.Module):
         self.norm_in = layers.LayerNorm(channels)
         self.ff_in = layers.FeedForward(channels, dtype=dtype, rngs=rngs)
         self.norm1 = layers.LayerNorm(channels)
-        # A clip's few frames are too short a sequence for a fused kernel to pay.
-        self.attn1 = layers.Attention(
-            channels, head_channels=head_channels, impl="xla", dtype=dtype, rngs=rngs
-        )
+        self.attn1 = layers.Attention(channels, head_channels=head_channels, dtype=dtype, rngs=rngs)
         self.norm2 = layers.LayerNorm(channels)
         self.attn2 = layers.Attention(
             channels,
@@ -213,10 +210,8 @@ class TemporalBlock(nnx.Module):
         self, x: Float[Array, "b t s c"], context: Float[Array, "b 1 n d"]
     ) -> Float[Array, "b t s c"]:
         """`context` is one for the clip."""
-        b, t, s, c = x.shape
         x = x + self.ff_in(self.norm_in(x))
-        pixels = self.norm1(x).swapaxes(1, 2).reshape(b * s, t, c)
-        x = x + self.attn1(pixels).reshape(b, s, t, c).swapaxes(1, 2)
+        x = x + self.attn1.across_frames(self.norm1(x))
         x = x + attend_context(self.attn2, self.norm2, x, context)
         return x + self.ff(self.norm3(x))
 
