@@ -126,6 +126,29 @@ def test_feed_forward_gates_the_first_half_by_gelu_of_the_second():
     np.testing.assert_allclose(layer(jnp.ones((2, 4))), 3.0 * 0.8413447, atol=1e-6)
 
 
+def test_feed_forward_is_exact_gelu_with_its_gradient():
+    layer = fixtures.randomise(lambda: layers.FeedForward(4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    x = 3.0 * jax.random.normal(jax.random.key(0), (50, 4))
+
+    def definition(x):
+        value, gate = jnp.split(layer.proj(x), 2, axis=-1)
+        return layer.out(value * nnx.gelu(gate, approximate=False))
+
+    got, expected = (jax.vjp(function, x) for function in (layer, definition))
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(got[1](x)[0], expected[1](x)[0], atol=1e-4)
+
+
+def test_feed_forward_keeps_no_more_than_its_projection_for_the_gradient():
+    layer = layers.FeedForward(16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.ones((1000, 16), jnp.bfloat16)
+    kept = jax.tree.leaves(jax.vjp(layer, x)[1])
+    # The input, the projection of 8 x 16 channels and the product of 4 x 16.
+    large = [leaf for leaf in kept if leaf.shape[:1] == (1000,)]
+    assert {leaf.dtype for leaf in large} == {jnp.dtype(jnp.bfloat16)}
+    assert sum(leaf.shape[1] for leaf in large) <= 13 * 16
+
+
 def test_attention_to_one_token_needs_no_queries():
     attend = fixtures.randomise(
         lambda: layers.Attention(
