@@ -108,7 +108,10 @@ def test_tpu_flash_lowers_for_tpu_with_gradients():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 1024, 1024, 5, 64), (3, 258, 258, 4, 80)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1024, 1024, 5, 64), (3, 258, 258, 4, 80), (2, 4608, 64, 4, 32), (9, 64, 64, 5, 32)],
+)
 def test_cudnn_equals_plain_with_gradients(shape):
     assert_like_plain("cudnn", shape, jnp.bfloat16, tolerance=0.02)
 
@@ -122,6 +125,11 @@ def test_choice_by_platform_and_shape():
         assert attention.choose(autoencoder, 4096, bf16, platform) == "chunked"
     assert attention.choose(level0, 4096, bf16, "gpu") == "cudnn"
     assert attention.choose(level0, 4096, f32, "gpu") == "chunked"
+    # The mini's coarsest level, and its context of 64 tokens, seen from all pixels of a clip.
+    assert attention.choose((576, 64, 5, 32), 64, bf16, "gpu") == "cudnn"
+    assert attention.choose((32, 18432, 2, 32), 64, bf16, "gpu") == "cudnn"
+    assert attention.choose((32, 18432, 2, 32), 65, bf16, "gpu") == "xla"
+    assert attention.choose((32, 18432, 2, 32), 64, bf16, "tpu") == "xla"
     # CLIP's class token makes its sequence odd.
     assert attention.choose((1, 257, 16, 80), 257, bf16, "gpu") == "chunked"
     assert attention.choose(level0, 4096, bf16, "tpu") == "tpu_flash"

@@ -24,8 +24,10 @@ from jaxtyping import Array, Float
 Implementation = Literal["xla", "chunked", "cudnn", "tpu_flash"]
 
 _QUERY_CHUNK = 512
-# Below this many queries or keys the fused kernels lose to XLA.
+# Below this many queries or keys the fused kernels lose to XLA. cuDNN's limit is an estimate: XLA
+# keeps float32 scores in memory, and reads them several times in each direction.
 _SHORT = 128
+_CUDNN_SHORT = 64
 # Scores of one head and sequence above which they are not kept in memory where nothing is fused.
 _MANY_SCORES = 1024 * 1024
 _CUDNN_MAX_CHANNELS = 128
@@ -64,12 +66,16 @@ def attention(
 def choose(q_shape: tuple[int, ...], num_keys: int, dtype: Any, platform: str) -> Implementation:
     """The implementation for queries of shape [b, n, h, d] and `num_keys` keys on a platform."""
     num_queries, channels = q_shape[1], q_shape[3]
-    if min(num_queries, num_keys) < _SHORT:
-        return "xla"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    if platform in ("gpu", "cuda") and half and channels <= _CUDNN_MAX_CHANNELS:
-        fits = channels % 8 == 0 and num_queries % 2 == 0 and num_keys % 2 == 0
-        return "cudnn" if fits else "chunked"
+    cudnn = platform in ("gpu", "cuda") and half and channels <= _CUDNN_MAX_CHANNELS
+    fits = channels % 8 == 0 and num_queries % 2 == 0 and num_keys % 2 == 0
+    shortest = min(num_queries, num_keys)
+    if cudnn and fits and shortest >= _CUDNN_SHORT:
+        return "cudnn"
+    if shortest < _SHORT:
+        return "xla"
+    if cudnn:
+        return "chunked"
     many = num_queries * num_keys >= _MANY_SCORES
     if platform == "tpu" and many and channels <= _TPU_MAX_CHANNELS:
         return "tpu_flash"
