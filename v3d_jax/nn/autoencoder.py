@@ -163,7 +163,7 @@ class Encoder(nnx.Module):
                 x = level.resample(x)
         for block in (self.mid1, self.attn, self.mid2):
             x = run(block, x, remat=remat)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 class TemporalDecoder(nnx.Module):
@@ -204,7 +204,7 @@ class TemporalDecoder(nnx.Module):
                 x = run(block, x, remat=remat)
             if level.resample is not None:
                 x = level.resample(layers.upsample(x))
-        return self.time_mix_conv(self.conv_out(nnx.silu(self.norm_out(x))))
+        return self.time_mix_conv(self.conv_out(self.norm_out(x, silu=True)))
 
 
 def _identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, "3 i o"]:

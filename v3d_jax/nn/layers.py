@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from v3d_jax.ops import attention, frame_attention
+from v3d_jax.ops import attention, frame_attention, normalize
 
 GROUPS = 32
 
@@ -111,12 +111,7 @@ class TemporalConv(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation over a frame or, with `over_frames`, over a whole clip.
-
-    Statistics come from one pass over the data: sums per channel of the deviation from the
-    channel's first value (so that a large mean does not cancel the variance), then combined into
-    groups by the law of total variance. What is left per element is one multiply-add.
-    """
+    """Group normalisation over a frame or, with `over_frames`, over a whole clip."""
 
     def __init__(
         self, channels: int, *, eps: float, groups: int = GROUPS, over_frames: bool = False
@@ -129,28 +124,12 @@ class GroupNorm(nnx.Module):
         self.groups = groups
         self.over_frames = over_frames
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        """Normalises in float32 and returns the dtype of `x`."""
-        axes = (1, 2, 3) if self.over_frames else (2, 3)
-        dtype, x = x.dtype, x.astype(jnp.float32)
-        first = x[:, :1, :1, :1] if self.over_frames else x[:, :, :1, :1]
-        first = jax.lax.stop_gradient(first)
-        deviation = x - first
-        shift = jnp.mean(deviation, axes, keepdims=True)
-        square = jnp.mean(jnp.square(deviation), axes, keepdims=True)
-        mean = first + shift
-        group_mean = self._group(mean)
-        within = jnp.maximum(square - jnp.square(shift), 0.0)
-        variance = self._group(within + jnp.square(mean - group_mean))
-        gain = jax.lax.rsqrt(variance + self.eps) * self.scale[...].reshape(1, 1, 1, 1, -1)
-        offset = self.bias[...].reshape(1, 1, 1, 1, -1) - group_mean * gain
-        return (x * gain + offset).astype(dtype)
-
-    def _group(self, x: Float[Array, "b u 1 1 c"]) -> Float[Array, "b u 1 1 c"]:
-        """Every channel replaced by its group's mean."""
-        groups = x.reshape(*x.shape[:-1], self.groups, -1)
-        mean = jnp.mean(groups, axis=-1, keepdims=True)
-        return jnp.broadcast_to(mean, groups.shape).reshape(x.shape)
+    def __call__(
+        self, x: Float[Array, "b t h w c"], *, silu: bool = False
+    ) -> Float[Array, "b t h w c"]:
+        """Normalises in float32 and returns the dtype of `x`; with `silu`, SiLU of the result."""
+        scale, bias = jnp.asarray(self.scale[...]), jnp.asarray(self.bias[...])
+        return normalize.group_norm(x, scale, bias, self.groups, self.eps, self.over_frames, silu)
 
 
 class LayerNorm(nnx.Module):
@@ -163,11 +142,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
         """Normalises in float32 and returns the dtype of `x`."""
-        dtype, x = x.dtype, x.astype(jnp.float32)
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)).astype(dtype)
+        scale, bias = jnp.asarray(self.scale[...]), jnp.asarray(self.bias[...])
+        return normalize.layer_norm(x, scale, bias, self.eps)
 
 
 class MLP(nnx.Module):

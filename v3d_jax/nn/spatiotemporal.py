@@ -69,10 +69,10 @@ class ResBlock(nnx.Module):
         self, x: Float[Array, "b t h w i"], emb: Float[Array, "b t e"] | None = None
     ) -> Float[Array, "b t h w o"]:
         """`emb` is one embedding a frame."""
-        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         if self.emb is not None:
             h = h + self.emb(nnx.silu(emb))[:, :, None, None, :]
-        h = self.conv2(nnx.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h, silu=True))
         return (x if self.skip is None else self.skip(x)) + h
 
 
@@ -102,10 +102,10 @@ class TemporalResBlock(nnx.Module):
         self, x: Float[Array, "b t h w c"], emb: Float[Array, "b t e"] | None = None
     ) -> Float[Array, "b t h w c"]:
         """`emb` is one embedding a frame."""
-        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         if self.emb is not None:
             h = h + self.emb(nnx.silu(emb))[:, :, None, None, :]
-        return x + self.conv2(nnx.silu(self.norm2(h)))
+        return x + self.conv2(self.norm2(h, silu=True))
 
 
 class VideoResBlock(nnx.Module):

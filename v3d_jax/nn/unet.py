@@ -206,4 +206,4 @@ class VideoUNet(nnx.Module):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), *args)
             if level.resample is not None:
                 h = level.resample(layers.upsample(h))
-        return self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
+        return self.conv_out(self.norm_out(h, silu=True)).astype(x.dtype)
