@@ -77,6 +77,14 @@ def test_clips_start_anywhere_and_turn_one_way():
     np.testing.assert_array_equal(np.diff(frames, axis=1) % 6, 2)
 
 
+@pytest.mark.parametrize(("chance", "low", "high"), [(0.0, 0, 0), (0.4, 40, 120)])
+def test_clips_start_at_the_first_view_unless_drawn_elsewhere(chance, low, high):
+    found, _ = take(Numbers(), 60, replace(random_start=chance))
+    starts = np.concatenate([b["frames"] for b in found])[:, 0] % 100
+    assert low <= np.sum(starts > 0) <= high  # 5 of 6 random starts are elsewhere: 80 expected
+    assert (set(starts) == set(range(6))) == (chance > 0)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_hosts_share_the_batch_of_one(world):
     whole, state = take(Numbers(), 5)

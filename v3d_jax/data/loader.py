@@ -19,14 +19,17 @@ from v3d_jax.data import orbits, png
 class LoaderConfig:
     """How clips are drawn and read.
 
-    `batch_size` counts all hosts. Every read thread prepares a whole batch, and up to `prefetch`
-    batches wait in memory; for clips that lie in memory one or two threads are fastest. `workers`
-    > 0 reads in as many processes instead, for work that Python's lock would serialise; the
-    program's main module must then be importable.
+    `batch_size` counts all hosts. `random_start` is the chance that a clip begins at any view of
+    its orbit; else it begins at the first, an object's front in data rendered with
+    `--start-azimuth 0`. Every read thread prepares a whole batch, and up to `prefetch` batches wait
+    in memory; for clips that lie in memory one or two threads are fastest. `workers` > 0 reads in
+    as many processes instead, for work that Python's lock would serialise; the program's main
+    module must then be importable.
     """
 
     batch_size: int = 64
     num_frames: int = 18
+    random_start: float = 1.0
     shuffle: bool = True
     seed: int = 0
     threads: int = 8
@@ -145,7 +148,7 @@ def turn(start: int, num_frames: int, views: int) -> Int[np.ndarray, " t"]:
 def batches(clips: Clips, config: LoaderConfig, *, rank: int = 0, world: int = 1) -> Batches:
     """An endless stream of this host's part of every batch: clips `rank`, `rank + world`, ...
 
-    Every epoch is shuffled anew, and every clip starts at a random view of its orbit. Raises
+    Every epoch is shuffled anew, and every clip starts where `random_start` has it start. Raises
     ValueError if the batch cannot be divided among `world` hosts or the views among the frames.
     """
     import grain
@@ -159,9 +162,7 @@ def batches(clips: Clips, config: LoaderConfig, *, rank: int = 0, world: int = 1
     dataset = grain.MapDataset.range(len(clips)).seed(config.seed)
     if config.shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat().random_map(
-        functools.partial(_draw, clips=clips, num_frames=config.num_frames)
-    )
+    dataset = dataset.repeat().random_map(functools.partial(_draw, clips=clips, config=config))
     return grain.experimental.ElasticIterator(
         dataset,
         config.batch_size,
@@ -173,8 +174,10 @@ def batches(clips: Clips, config: LoaderConfig, *, rank: int = 0, world: int = 1
     )
 
 
-def _draw(index: int, rng: np.random.Generator, *, clips: Clips, num_frames: int) -> dict:
-    order = turn(int(rng.integers(clips.views)), num_frames, clips.views)
+def _draw(index: int, rng: np.random.Generator, *, clips: Clips, config: LoaderConfig) -> dict:
+    anywhere = int(rng.integers(clips.views))
+    start = anywhere if rng.random() < config.random_start else 0
+    order = turn(start, config.num_frames, clips.views)
     return clips.clip(int(index), order)
 
 
