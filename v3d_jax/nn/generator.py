@@ -69,8 +69,7 @@ MINI = GeneratorConfig(
         model_channels=32,
         channel_mult=(2, 4, 5),
         num_res_blocks=1,
-        # Attention over 32 x 32 latents would double the time of a step on a CPU.
-        attention_resolutions=(2, 4),
+        attention_resolutions=(1, 2, 4),
         head_channels=32,
         context_dim=128,
         vector_dim=256,
