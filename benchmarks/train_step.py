@@ -108,7 +108,7 @@ def training_step(
         networks = tuple(networks[net] for net in settings.perceptual.nets)
     # Small and not zero, so that nothing is folded away and nothing overflows.
     autoencoder = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e-3, leaf.dtype), abstract)
-    frozen = video.Frozen(autoencoder, networks)
+    frozen = video.Frozen(autoencoder, networks, {})
 
     def loss(params: Any, frozen: video.Frozen, batch: Any, key: jax.Array) -> Any:
         return video.video_loss(

@@ -17,8 +17,8 @@ from v3d_jax.nn.conditioner import ConditionerConfig
 from v3d_jax.nn.generator import GeneratorConfig
 from v3d_jax.nn.unet import UNetConfig
 from v3d_jax.state import OptimConfig
+from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
-from v3d_jax.training.video import CachedLatentsConfig
 
 config = VideoTrainConfig(
     model=GeneratorConfig(

@@ -22,9 +22,9 @@ from v3d_jax.diffusion.loss import LossConfig
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn.generator import MINI
 from v3d_jax.state import OptimConfig
+from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.perceptual import PerceptualConfig
-from v3d_jax.training.video import CachedLatentsConfig
 
 config = VideoTrainConfig(
     model=MINI,

@@ -23,9 +23,10 @@ from v3d_jax.parallel.multihost import MultihostConfig
 from v3d_jax.state import OptimConfig
 from v3d_jax.training import autoencoder, objective, video
 from v3d_jax.training.autoencoder import AutoencoderLossConfig
+from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.perceptual import PerceptualConfig
-from v3d_jax.training.video import CachedLatentsConfig, ConditionConfig
+from v3d_jax.training.video import ConditionConfig
 from v3d_jax.weights import settings
 
 
@@ -54,7 +55,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class VideoTrainConfig:
-    """Trains the UNet and the image tower on the latents of a frozen autoencoder."""
+    """Trains the UNet and the image tower on the latents of a frozen autoencoder.
+
+    Only `parts` learn: the others are those of `run.init_from`. "decoder", the autoencoder's,
+    learns from the perceptual term alone.
+    """
 
     model: GeneratorConfig = MINI
     latents: CachedLatentsConfig = field(default_factory=CachedLatentsConfig)
@@ -67,6 +72,7 @@ class VideoTrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     multihost: MultihostConfig = field(default_factory=MultihostConfig)
+    parts: tuple[video.Part, ...] = video.PARTS
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights are float32
 
     def objective(self) -> objective.Objective:
@@ -80,6 +86,8 @@ class VideoTrainConfig:
             self.data,
             self.latents,
             jnp.dtype(self.dtype),
+            self.parts,
+            self.run.init_from,
         )
 
 

@@ -22,7 +22,7 @@ from v3d_jax.data import loader
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import multihost, sharding
 from v3d_jax.training import record
-from v3d_jax.training.objective import Objective
+from v3d_jax.training.objective import Objective, fit
 
 
 def train(settings: config.TrainConfig) -> state.TrainState:
@@ -144,15 +144,6 @@ def begin(
             sharding.put(params, placements.params)
         )
     return checkpoint.Restored(train_state, {"global_next_index": 0})
-
-
-def fit(params: state.Params, abstract: state.Params, source: str) -> state.Params:
-    """The parameters, if they are those of the settings; otherwise a `UserError`."""
-    same_tree = jax.tree.structure(params) == jax.tree.structure(abstract)
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=False)
-    if not same_tree or any(np.shape(leaf) != wanted.shape for leaf, wanted in pairs):
-        raise errors.UserError(f"{source} is a model of another size: it cannot start this run")
-    return params
 
 
 def batches_ahead(

@@ -1,9 +1,12 @@
 """LPIPS of denoised frames as a term of the video model's loss."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_lpips
 import tiny_generator
 from flax import nnx
 
@@ -40,28 +43,48 @@ def latents():
 def test_it_is_the_mean_lpips_of_decoded_unseen_frames(network, latents, key):
     denoised, clean = latents
     config = PerceptualConfig(weight=1.0, frames=FRAMES - 1, shrink=1, nets=("alex",))
-    found = perceptual.distance((network,), doubled, denoised, clean, key, config)
+    found = perceptual.distances((network,), doubled, denoised, clean, key, config).lpips
     pairs = (doubled(x[:, 1:]).reshape(-1, 64, 64, 3) for x in latents)
     expected = jnp.mean(lpips.distance(network, *pairs))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # Frame 0 is the input view: whatever is made of it does not count.
-    other = perceptual.distance((network,), doubled, denoised.at[:, 0].set(0), clean, key, config)
+    other = perceptual.distances(
+        (network,), doubled, denoised.at[:, 0].set(0), clean, key, config
+    ).lpips
     np.testing.assert_array_equal(found, other)
-    twice = perceptual.distance((network, network), doubled, denoised, clean, key, config)
+    twice = perceptual.distances((network, network), doubled, denoised, clean, key, config).lpips
     np.testing.assert_allclose(twice, 2 * found, rtol=1e-6)
 
 
 def test_frames_are_compared_shrunk(network, latents, key):
     denoised, clean = latents
     halved = PerceptualConfig(frames=FRAMES - 1, shrink=2, nets=("alex",))
-    found = perceptual.distance((network,), doubled, denoised, clean, key, halved)
+    found = perceptual.distances((network,), doubled, denoised, clean, key, halved).lpips
     pairs = (x[:, 1:].reshape(-1, SIDE, SIDE, 3) for x in latents)
     np.testing.assert_allclose(found, jnp.mean(lpips.distance(network, *pairs)), rtol=1e-5)
 
 
+def test_another_decoder_can_be_the_measure(network, latents, key):
+    denoised, _ = latents
+    config = PerceptualConfig(frames=FRAMES - 1, shrink=1, nets=("alex",))
+    found = perceptual.distances(
+        (network,),
+        doubled,
+        denoised,
+        denoised,
+        key,
+        config,
+        decode_clean=lambda x: 0.5 * doubled(x),
+    )
+    frames = doubled(denoised[:, 1:]).reshape(-1, 64, 64, 3)
+    expected = jnp.mean(lpips.distance(network, frames, 0.5 * frames))
+    np.testing.assert_allclose(found.lpips, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.absolute, 0.5 * jnp.mean(jnp.abs(frames)), rtol=1e-5)
+
+
 def test_only_the_denoised_frames_get_a_gradient(network, latents, key):
     def distance(denoised, clean):
-        return perceptual.distance((network,), doubled, denoised, clean, key, CONFIG)
+        return perceptual.distances((network,), doubled, denoised, clean, key, CONFIG).lpips
 
     grads = jax.grad(distance, argnums=(0, 1))(*latents)
     moved = np.any(np.asarray(grads[0]) != 0, axis=(2, 3, 4))
@@ -83,24 +106,17 @@ def test_the_term_is_added_with_its_weight(key):
         "azimuth": jnp.tile(jnp.arange(frames) * 120.0, (CLIPS, 1)),
         "elevation": jnp.zeros(CLIPS),
     }
-    networks = (random_vgg(rng),)
+    networks = (random_lpips.vgg(rng),)
     arguments = (model, one, key, LossConfig(), video.ConditionConfig())
     plain, found = video.video_loss(*arguments)
     assert "lpips" not in found
     total, found = video.video_loss(*arguments, (networks, CONFIG))
     assert found["lpips"] > 0
     np.testing.assert_allclose(total, plain + CONFIG.weight * found["lpips"], rtol=1e-5)
-
-
-def random_vgg(rng):
-    """A VGG16 of random weights, which takes pictures of 16 pixels."""
-    convs, inputs = [], 3
-    for width in (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512):
-        kernel = rng.standard_normal((3, 3, inputs, width)) / np.sqrt(9 * inputs)
-        convs.append(lpips.Conv(jnp.asarray(kernel, jnp.float32), jnp.zeros(width)))
-        inputs = width
-    taps = (64, 128, 256, 512, 512)
-    return lpips.LPIPSParams(tuple(convs), tuple(jnp.ones(width) for width in taps))
+    both = dataclasses.replace(CONFIG, absolute=3.0)
+    total, found = video.video_loss(*arguments, (networks, both), model)
+    term = found["lpips"] + 3.0 * found["absolute"]
+    np.testing.assert_allclose(total, plain + CONFIG.weight * term, rtol=1e-5)
 
 
 def test_missing_weights_are_refused_in_one_line(monkeypatch):

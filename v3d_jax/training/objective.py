@@ -105,3 +105,12 @@ def _order(config: DataConfig, split: loader.Clips) -> np.ndarray:
         raise errors.UserError(
             f"{config.path[0]}: {error}: change data.loader.num-frames"
         ) from None
+
+
+def fit(params: Params, abstract: Params, source: str) -> Params:
+    """The parameters, if they are those of the settings; otherwise a `UserError`."""
+    same_tree = jax.tree.structure(params) == jax.tree.structure(abstract)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=False)
+    if not same_tree or any(np.shape(leaf) != wanted.shape for leaf, wanted in pairs):
+        raise errors.UserError(f"{source} is a model of another size: it cannot start this run")
+    return params

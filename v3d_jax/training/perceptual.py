@@ -7,7 +7,7 @@ less guidance are needed. Source: arXiv 2401.00110, with LPIPS for the features 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,15 @@ class PerceptualConfig:
     """`weight` of the term, 0 to leave it out; what it compares.
 
     Of every clip, `frames` random unseen frames are decoded, each alone, and compared at a
-    `shrink`-th of their width and height. With several `nets` their distances are added.
+    `shrink`-th of their width and height. With several `nets` their distances are added, and with
+    `absolute` so many times the mean absolute difference of pixels in [-1, 1].
     """
 
     weight: float = 0.0
     frames: int = 2
     shrink: int = 2
     nets: tuple[Literal["vgg", "alex"], ...] = ("vgg",)
+    absolute: float = 0.0
 
 
 def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> Networks | None:
@@ -52,7 +54,14 @@ def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> Networks | No
         raise errors.UserError(f"{error}, or leave out --perceptual.weight") from None
 
 
-def distance(
+class Distances(NamedTuple):
+    """Means over the compared frames."""
+
+    lpips: Float[Array, ""]  # the sum of all networks'
+    absolute: Float[Array, ""]
+
+
+def distances(
     networks: Networks,
     decode: Callable[[Array], Array],
     denoised: Float[Array, "b t h w c"],
@@ -60,22 +69,29 @@ def distance(
     key: Key[Array, ""],
     config: PerceptualConfig,
     dtype: Any = jnp.float32,
-) -> Float[Array, ""]:
-    """Mean LPIPS between decoded frames; `decode` takes clips of unscaled latents.
+    *,
+    decode_clean: Callable[[Array], Array] | None = None,
+) -> Distances:
+    """Between decoded frames; `decode` takes clips of unscaled latents.
 
     Each clip has its own frames; frame 0, the input view, is none of them. LPIPS runs in `dtype`.
+    Clean latents are decoded by `decode_clean` where another decoder is the measure.
     """
     clips, views = denoised.shape[:2]
     unseen = jnp.tile(jnp.arange(1, views), (clips, 1))
     frames = jax.random.permutation(key, unseen, axis=1, independent=True)[:, : config.frames]
 
-    def chosen(latents: Float[Array, "b t h w c"]) -> Float[Array, "n H W 3"]:
+    def chosen(
+        latents: Float[Array, "b t h w c"], decode: Callable[[Array], Array]
+    ) -> Float[Array, "n H W 3"]:
         picked = jax.vmap(lambda clip, index: clip[index])(latents, frames)
         one_frame_clips = picked.reshape(-1, 1, *latents.shape[2:])
         return _shrink(decode(one_frame_clips)[:, 0], config.shrink)
 
-    images, target = chosen(denoised), jax.lax.stop_gradient(chosen(clean))
-    return sum(jnp.mean(lpips.distance(net, images, target, dtype=dtype)) for net in networks)
+    images = chosen(denoised, decode)
+    target = jax.lax.stop_gradient(chosen(clean, decode_clean or decode))
+    found = (jnp.mean(lpips.distance(net, images, target, dtype=dtype)) for net in networks)
+    return Distances(sum(found), jnp.mean(jnp.abs(images - target)))
 
 
 def _shrink(images: Float[Array, "n h w 3"], factor: int) -> Float[Array, "n _ _ 3"]:

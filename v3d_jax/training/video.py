@@ -1,36 +1,37 @@
 """Training the video model on latents: the UNet, and the image tower that gives it context.
 
-Axes: `b` clip, `t` frame, `h w` latents, `c` channel. The autoencoder is frozen and its latents
-are computed once, before training. Frame 0 is the input view. What conditions a frame is what
-`v3d_jax.pipeline` gives it when sampling.
+Axes: `b` clip, `t` frame, `h w` latents, `c` channel. The encoder is frozen and its latents are
+computed once, before training; the decoder may learn to make more of latents that are not quite
+right. Frame 0 is the input view. What conditions a frame is what `v3d_jax.pipeline` gives it when
+sampling.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from v3d_jax import errors, pipeline
-from v3d_jax.data import latents, loader, orbits
+from v3d_jax.data import loader
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion import loss as edm
 from v3d_jax.nn import autoencoder as autoencoders
 from v3d_jax.nn import clip, conditioner, generator, unet
 from v3d_jax.ops import image, metrics
 from v3d_jax.state import Metrics, Params
-from v3d_jax.training import autoencoder, objective, perceptual
+from v3d_jax.training import cached, objective, perceptual
+from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.weights import folder as model_folder
 from v3d_jax.weights.folder import FloatName
 
-PARTS = ("unet", "vision")
+Part = Literal["unet", "vision", "decoder"]
+PARTS: tuple[Part, ...] = ("unet", "vision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +48,12 @@ class ConditionConfig:
     motion_bucket_id: float = 300.0
 
 
-@dataclasses.dataclass(frozen=True)
-class CachedLatentsConfig:
-    """The frozen autoencoder's folder, and where and how its latents are kept."""
-
-    autoencoder: str = "runs/mini_vae/model"
-    folder: str | None = None  # beside the data set if None
-    save: bool = True
-    cache: latents.CacheConfig = dataclasses.field(default_factory=latents.CacheConfig)
-
-
 class Frozen(NamedTuple):
     """Weights that training leaves alone."""
 
     autoencoder: Params
     lpips: perceptual.Networks | None
+    rest: Params  # of UNet and tower, what does not learn
 
 
 def build(
@@ -71,45 +63,51 @@ def build(
     condition_config: ConditionConfig,
     sampling: sampler.SamplingConfig,
     data: objective.DataConfig,
-    cached: CachedLatentsConfig,
+    latents: CachedLatentsConfig,
     dtype: Any,
+    parts: tuple[Part, ...] = PARTS,
+    init_from: str | None = None,
 ) -> objective.Objective:
     """The objective over the cached latents of orbit data sets; activations are `dtype`.
 
     The generator takes the autoencoder's settings from its folder. Encodes every data set whose
-    latents are not kept from before.
+    latents are not kept from before. Only `parts` learn; the others are those of `init_from`.
+    Raises `UserError` where that cannot be.
     """
-    autoencoder_config, autoencoder_params = autoencoder.load(Path(cached.autoencoder))
-    model = _with_autoencoder(model, autoencoder_config)
+    _check_parts(parts, perceptual_config, init_from)
+    opened = cached.open_autoencoder(latents, dtype)
+    model = _with_autoencoder(model, opened.config)
     sources, heldout = objective.train_sources(data), objective.heldout_source(data)
-    encode = _encoder(autoencoder_config, autoencoder_params, dtype)
-    # Scaled when they are encoded: no step's program holds the measured scale.
-    weights = latents.fingerprint(
-        {"params": autoencoder_params, "scale": np.float64(autoencoder_config.scale_factor)}
-    )
-    cache = functools.partial(_latents, encode=encode, weights=weights, cached=cached)
-    clips = loader.JoinedClips([cache(source) for source in sources])
-    heldout_clips = None if heldout is None else cache(heldout)
+    clips = loader.JoinedClips([opened.latents(source) for source in sources])
+    heldout_clips = None if heldout is None else opened.latents(heldout)
     settings = pipeline.Settings(model, sampling, activations=jnp.dtype(dtype).name)
 
     preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
 
-    frozen = Frozen(autoencoder_params, perceptual.load(perceptual_config, model.frame_size))
+    def load(path: Path, names: tuple[Part, ...] = parts) -> Params:
+        found = nnx.to_pure_dict(model_folder.load(path).params)
+        found["decoder"] = found["autoencoder"]["decoder"]
+        return {name: found[name] for name in names}
 
-    def merged(params: Params, frozen: Frozen) -> generator.Generator:
-        return pipeline.networks(settings, {**params, "autoencoder": frozen.autoencoder})
-
-    def init(key: jax.Array) -> Params:
+    def init(key: jax.Array, names: tuple[Part, ...] = parts) -> Params:
         rngs = nnx.Rngs(key)
         modules = {
             "unet": unet.VideoUNet(model.unet, dtype=dtype, rngs=rngs),
             "vision": clip.VisionTransformer(model.vision, dtype=dtype, rngs=rngs),
         }
-        return {name: nnx.to_pure_dict(nnx.state(module)) for name, module in modules.items()}
+        made = {name: nnx.to_pure_dict(nnx.state(module)) for name, module in modules.items()}
+        made["decoder"] = jax.tree.map(jnp.asarray, opened.params["decoder"])
+        return {name: made[name] for name in names}
 
-    def load(path: Path) -> Params:
-        whole = nnx.to_pure_dict(model_folder.load(path).params)
-        return {name: whole[name] for name in PARTS}
+    rest = {}
+    if left := tuple(name for name in PARTS if name not in parts):
+        abstract = jax.eval_shape(functools.partial(init, names=left), jax.random.key(0))
+        rest = objective.fit(load(Path(init_from), left), abstract, init_from)
+    networks = perceptual.load(perceptual_config, model.frame_size)
+    frozen = Frozen(opened.params, networks, rest)
+
+    def merged(params: Params, frozen: Frozen) -> generator.Generator:
+        return pipeline.networks(settings, whole(params, frozen))
 
     def loss(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
         return video_loss(
@@ -119,19 +117,19 @@ def build(
             loss_config,
             condition_config,
             None if frozen.lpips is None else (frozen.lpips, perceptual_config),
+            None if "decoder" not in parts else merged(without_decoder(params), frozen),
         )
 
     def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
-        whole = {**params, "autoencoder": frozen.autoencoder}
         condition = make_condition(merged(params, frozen), batch, key, condition_config)
-        images, psnr = samples(settings, whole, batch, condition, key)
+        images, psnr = samples(settings, whole(params, frozen), batch, condition, key)
         clips = batch["latents"].astype(jnp.float32)
         losses = fixed_noise_loss(merged(params, frozen), clips, condition, key, loss_config)
         return images, {"psnr": psnr, "loss": losses}
 
     def export(path: Path, params: Params, metadata: dict[str, Any], dtype: FloatName) -> None:
-        whole = {**params, "autoencoder": autoencoder_params}
-        model_folder.save(path, model, sampling, whole, dtype=dtype, metadata=metadata)
+        weights = whole(params, frozen)
+        model_folder.save(path, model, sampling, weights, dtype=dtype, metadata=metadata)
 
     return objective.Objective(
         init=init,
@@ -146,6 +144,34 @@ def build(
     )
 
 
+def whole(params: Params, frozen: Frozen) -> Params:
+    """The generator's weights: those that learn, and those that do not."""
+    networks = {**frozen.rest, **params}
+    decoder = networks.pop("decoder", frozen.autoencoder["decoder"])
+    return {**networks, "autoencoder": {**frozen.autoencoder, "decoder": decoder}}
+
+
+def without_decoder(params: Params) -> Params:
+    """What learns but the decoder: the measure is what the frozen one makes of clean latents."""
+    return {name: part for name, part in params.items() if name != "decoder"}
+
+
+def _check_parts(
+    parts: tuple[Part, ...], perceptual_config: PerceptualConfig, init_from: str | None
+) -> None:
+    if not parts or len(set(parts)) != len(parts):
+        raise errors.UserError("--parts: name unet, vision or decoder, each once")
+    if "decoder" in parts and perceptual_config.weight <= 0.0:
+        raise errors.UserError(
+            "--parts decoder learns from decoded frames: set --perceptual.weight"
+        )
+    left = [name for name in PARTS if name not in parts]
+    if left and init_from is None:
+        raise errors.UserError(
+            f"--parts leaves out {' and '.join(left)}: name a model that has it in --run.init-from"
+        )
+
+
 def video_loss(
     model: generator.Generator,
     batch: Any,
@@ -153,10 +179,12 @@ def video_loss(
     loss_config: edm.LossConfig,
     condition_config: ConditionConfig,
     compare: tuple[perceptual.Networks, PerceptualConfig] | None = None,
+    measure: generator.Generator | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower.
 
-    With `compare`, LPIPS between decoded denoised and clean frames is added.
+    With `compare`, distances between decoded denoised and clean frames are added, the latter
+    decoded by `measure`, if given; gradients then reach the model's decoder as well.
     """
     loss_key, augment_key, frames_key = jax.random.split(key, 3)
     condition = make_condition(model, batch, augment_key, condition_config)
@@ -170,7 +198,7 @@ def video_loss(
     if compare is not None:
         networks, config = compare
         scale = model.config.autoencoder.scale_factor
-        found["lpips"] = perceptual.distance(
+        seen_frames = perceptual.distances(
             networks,
             model.autoencoder.decode,
             seen.denoised / scale,
@@ -178,8 +206,14 @@ def video_loss(
             frames_key,
             config,
             model.unet.dtype,
+            decode_clean=None if measure is None else measure.autoencoder.decode,
         )
-        loss = loss + config.weight * found["lpips"]
+        found["lpips"] = seen_frames.lpips
+        term = seen_frames.lpips
+        if config.absolute > 0.0:
+            found["absolute"] = seen_frames.absolute
+            term = term + config.absolute * seen_frames.absolute
+        loss = loss + config.weight * term
     return loss, found
 
 
@@ -282,35 +316,6 @@ def _with_autoencoder(
         return dataclasses.replace(model, autoencoder=config)
     except ValueError as error:
         raise errors.UserError(f"this autoencoder does not fit the model: {error}") from None
-
-
-def _encoder(
-    config: autoencoders.AutoencoderConfig, params: Params, dtype: Any
-) -> Callable[[np.ndarray], Float[Array, "b h w c"]]:
-    module = nnx.eval_shape(lambda: autoencoders.Autoencoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef = nnx.split(module)[0]
-    params = jax.tree.map(jnp.asarray, params)
-
-    @jax.jit
-    def encode(params: Params, frames: Any) -> Float[Array, "b h w c"]:
-        images = image.to_network(frames.astype(jnp.float32) / 255.0)
-        return nnx.merge(graphdef, params).encode(images).mean * config.scale_factor
-
-    return lambda frames: encode(params, frames)
-
-
-def _latents(
-    source: orbits.Source, encode: latents.Encode, weights: str, cached: CachedLatentsConfig
-) -> latents.LatentCache:
-    folder = source.path if cached.folder is None else Path(cached.folder)
-    return latents.open_or_encode(
-        source,
-        encode,
-        weights,
-        cached.cache,
-        folder=folder,
-        save=cached.save and jax.process_index() == 0,
-    )
 
 
 def _mean_where(values: Float[Array, " b"], chosen: Any) -> Float[Array, ""]:
