@@ -27,7 +27,8 @@ from v3d_jax.training import objective
 from v3d_jax.weights import folder as model_folder
 from v3d_jax.weights import lpips as lpips_weights
 from v3d_jax.weights import settings
-from v3d_jax.weights.folder import FloatName
+from v3d_jax.weights import tensors as tensor_files
+from v3d_jax.weights.tensors import FloatName
 
 FORMAT = "v3d_jax autoencoder 1"
 SHARD_BYTES = 12 * 2**20
@@ -184,13 +185,13 @@ def save(
     aside.mkdir(parents=True)
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, leaf in model_folder.flatten(params).items():
-        tensor = np.ascontiguousarray(leaf, model_folder.FLOATS[dtype])
+        tensor = np.ascontiguousarray(leaf, tensor_files.FLOATS[dtype])
         held = sum(other.nbytes for other in shards[-1].values())
         if shards[-1] and held + tensor.nbytes > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
     for index, shard in enumerate(shards):
-        model_folder.write_tensors(aside / f"autoencoder-{index:05d}.safetensors", shard)
+        tensor_files.write(aside / f"autoencoder-{index:05d}.safetensors", shard)
     described = {"format": FORMAT, "autoencoder": settings.to_json(config), "metadata": metadata}
     (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     # A folder cannot be renamed over another one.

@@ -28,7 +28,7 @@ from v3d_jax.training import cached, objective, perceptual
 from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.weights import folder as model_folder
-from v3d_jax.weights.folder import FloatName
+from v3d_jax.weights.tensors import FloatName
 
 Part = Literal["unet", "vision", "decoder"]
 PARTS: tuple[Part, ...] = ("unet", "vision")

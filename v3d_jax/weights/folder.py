@@ -10,32 +10,27 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
 from flax import nnx
-from safetensors import numpy as safetensors_numpy
 
 from v3d_jax import errors
 from v3d_jax.diffusion import sampler
 from v3d_jax.nn import generator
 from v3d_jax.weights import quantize as quantization
 from v3d_jax.weights import settings
+from v3d_jax.weights import tensors as tensor_files
+from v3d_jax.weights.tensors import FLOATS, FloatName, Lazy
 
 FORMAT = "v3d_jax model 1"
 CONFIG = "config.json"
 SHARD_BYTES = 2 * 10**9
 SCALE = ".scale"
-FLOATS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 LISTED = 8
-
-FloatName = Literal["float32", "bfloat16", "float16"]
 
 
 class Model(NamedTuple):
@@ -44,6 +39,18 @@ class Model(NamedTuple):
     generator: generator.GeneratorConfig
     sampling: sampler.SamplingConfig
     params: Any
+    metadata: dict[str, Any]
+
+
+class Unread(NamedTuple):
+    """A model whose weights are still on the disk: tensors by dotted path, in their stored types.
+
+    The tensors are all that `generator` asks for, and of the right shapes.
+    """
+
+    generator: generator.GeneratorConfig
+    sampling: sampler.SamplingConfig
+    tensors: dict[str, Any]
     metadata: dict[str, Any]
 
 
@@ -65,25 +72,44 @@ def save(
     kept as `dtype`. `metadata` (JSON) is provenance. Raises `UserError` if `params` do not fit
     `generator_config`, hold NaN, or `folder` exists and is something else.
     """
+    tensors = flatten(params)
+    _check_names(flatten(abstract_params(generator_config)), _shapes(tensors), "these weights")
+    stored = _quantised(tensors, clip) if quantize else tensor_files.cast(tensors, dtype)
+    _store(folder, Unread(generator_config, sampling_config, stored, metadata or {}))
+
+
+def write(
+    folder: str | os.PathLike,
+    model: Unread,
+    dtype: FloatName | None = None,
+    advance: tensor_files.Advance | None = None,
+) -> None:
+    """Like `save`, for weights that are read one at a time; without `dtype` in their own types.
+
+    `advance` is told the bytes of every tensor once it is written. Raises `UserError` also if the
+    disk is too small.
+    """
+    _store(folder, model._replace(tensors=tensor_files.cast(model.tensors, dtype)), advance)
+
+
+def _store(
+    folder: str | os.PathLike, model: Unread, advance: tensor_files.Advance | None = None
+) -> None:
     target = Path(folder).resolve()
     if target.exists() and not _is_replaceable(target):
         raise errors.UserError(f"{target} exists and is not a model folder: choose another name")
-    tensors = flatten(params)
-    _check_names(flatten(abstract_params(generator_config)), _shapes(tensors), "these weights")
-    for name, tensor in tensors.items():
-        if not np.isfinite(np.asarray(tensor, np.float32)).all():
-            raise errors.UserError(f"{name} holds NaN or infinite weights: nothing was saved")
+    tensor_files.check_room(target, sum(map(tensor_files.nbytes, model.tensors.values())))
     config = {
         "format": FORMAT,
-        "generator": settings.to_json(generator_config),
-        "sampling": settings.to_json(sampling_config),
-        "metadata": metadata or {},
+        "generator": settings.to_json(model.generator),
+        "sampling": settings.to_json(model.sampling),
+        "metadata": model.metadata,
     }
-    aside = target.parent / f".{target.name}.partial-{os.getpid()}"
+    aside = tensor_files.aside(target)
     aside.mkdir(parents=True)
     try:
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_shards(aside, _encode(tensors, quantize, clip, dtype))
+        tensor_files.write_shards(aside, "model", model.tensors, SHARD_BYTES, advance=advance)
         _rename_into_place(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -95,6 +121,11 @@ def load(folder: str | os.PathLike) -> Model:
     Raises `UserError` (one line) if the folder, its settings or a file cannot be read, or listing
     the tensors that are missing, unexpected or of another shape than the settings ask for.
     """
+    return read(open_folder(folder))
+
+
+def open_folder(folder: str | os.PathLike) -> Unread:
+    """Like `load`, without reading the weights; those kept as int8 count as float32."""
     folder = Path(folder)
     config = read_config(folder)
     where = str(folder / CONFIG)
@@ -107,12 +138,21 @@ def load(folder: str | os.PathLike) -> Model:
     sampling_config = settings.from_json(
         sampler.SamplingConfig, config["sampling"], f"{where}: sampling"
     )
-    abstract = abstract_params(generator_config)
-    tensors = _decode(_read_tensors(folder), folder)
-    _check_names(flatten(abstract), _shapes(tensors), str(folder))
-    leaves = [jnp.asarray(tensors[name]) for name in flatten(abstract)]
+    tensors = _decode(_open_tensors(folder), folder)
+    _check_names(flatten(abstract_params(generator_config)), _shapes(tensors), str(folder))
+    return Unread(generator_config, sampling_config, tensors, config.get("metadata", {}))
+
+
+def read(model: Unread, advance: tensor_files.Advance | None = None) -> Model:
+    """The model with its weights read, as float32; `advance` is told 1 for every tensor."""
+    abstract = abstract_params(model.generator)
+    leaves = []
+    for name in flatten(abstract):
+        leaves.append(jnp.asarray(np.asarray(model.tensors[name]).astype(np.float32, copy=False)))
+        if advance is not None:
+            advance(1)
     params = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-    return Model(generator_config, sampling_config, params, config.get("metadata", {}))
+    return Model(model.generator, model.sampling, params, model.metadata)
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -153,24 +193,22 @@ def flatten(params: Any) -> dict[str, Any]:
     return named
 
 
-def _encode(
-    tensors: dict[str, Any], quantize: bool, clip: quantization.Clip, dtype: FloatName
-) -> Iterator[tuple[str, np.ndarray]]:
+def _quantised(tensors: dict[str, Any], clip: quantization.Clip) -> dict[str, Any]:
+    """Large kernels as int8 codes and float32 scales, all else as float16."""
+    encoded: dict[str, Any] = {}
     for name, leaf in tensors.items():
-        tensor = np.asarray(leaf)
-        if quantize and quantization.applies(name, tensor.shape):
-            codes, scale = quantization.quantize(tensor.astype(np.float32), clip)
-            yield name, codes
-            yield name + SCALE, scale
-            continue
-        kept = FLOATS["float16" if quantize else dtype]
-        if tensor.size and np.abs(tensor.astype(np.float32)).max() > ml_dtypes.finfo(kept).max:
-            kept = np.float32
-        yield name, np.ascontiguousarray(tensor.astype(kept))
+        if not quantization.applies(name, leaf.shape):
+            encoded |= tensor_files.cast({name: leaf}, "float16")
+        else:
+            kernel = np.asarray(leaf, np.float32)
+            if not tensor_files.is_finite(kernel):
+                raise errors.UserError(f"{name} holds NaN or infinite weights: nothing was saved")
+            encoded[name], encoded[name + SCALE] = quantization.quantize(kernel, clip)
+    return encoded
 
 
-def _decode(stored: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """Float32 tensors by name: int8 ones take in their scales, floating-point ones are cast."""
+def _decode(stored: dict[str, Lazy], folder: Path) -> dict[str, Lazy]:
+    """Floating-point tensors by name: int8 ones take in their scales."""
     tensors = {}
     scales = {name + SCALE for name, tensor in stored.items() if tensor.dtype == np.int8}
     lost = sorted(scales - set(stored))
@@ -180,50 +218,34 @@ def _decode(stored: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray
         if name in scales:
             continue
         if tensor.dtype == np.int8:
-            scale = stored[name + SCALE].astype(np.float32)
-            if tensor.ndim == 0 or scale.shape != tensor.shape[-1:]:
+            scale = stored[name + SCALE]
+            if not tensor.shape or scale.shape != tensor.shape[-1:]:
                 raise errors.UserError(
                     f"{folder}: {name} {tensor.shape} has scales of shape {scale.shape}"
                 )
-            tensors[name] = quantization.dequantize(quantization.Quantized(tensor, scale))
+            tensors[name] = _dequantised(tensor, scale)
         elif tensor.dtype in FLOATS.values():
-            tensors[name] = tensor.astype(np.float32)
+            tensors[name] = tensor
         else:
             raise errors.UserError(f"{folder}: {name} has the unsupported type {tensor.dtype}")
     return tensors
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes one safetensors file that everybody may read."""
-    safetensors_numpy.save_file(tensors, path)
-    # The library makes files that only their owner can read, useless once root has installed them.
-    path.chmod(0o644)
+def _dequantised(codes: Lazy, scale: Lazy) -> Lazy:
+    def read() -> np.ndarray:
+        scales = np.asarray(scale, np.float32)
+        return quantization.dequantize(quantization.Quantized(np.asarray(codes), scales))
+
+    return Lazy(codes.shape, np.dtype(np.float32), read)
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    shards, size = [{}], 0
-    for name, tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    for index, shard in enumerate(shards, 1):
-        suffix = f"-{index:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        write_tensors(folder / f"model{suffix}.safetensors", shard)
-
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+def _open_tensors(folder: Path) -> dict[str, Lazy]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise errors.UserError(f"{folder} has no *.safetensors file: the weights are missing")
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Lazy] = {}
     for path in files:
-        try:
-            shard = safetensors_numpy.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            first = str(error).splitlines()[0]
-            raise errors.UserError(f"{path} is not a whole safetensors file: {first}") from None
+        shard, _ = tensor_files.open_file(path)
         twice = sorted(set(shard) & set(tensors))
         if twice:
             raise errors.UserError(f"{path} repeats tensors of another file: {_listed(twice)}")
