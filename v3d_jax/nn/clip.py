@@ -98,6 +98,7 @@ class VisionTransformer(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         width, patch = config.width, config.patch
+        rngs = layers.Keys(rngs.params())
         normal = nnx.initializers.normal(width**-0.5)
         # A patch is one row of pixels (row, column, channel): the kernel of a strided convolution.
         self.patch_embed = layers.linear(3 * patch**2, width, bias=False, dtype=dtype, rngs=rngs)
