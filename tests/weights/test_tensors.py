@@ -21,6 +21,19 @@ VALUES = {
 }
 
 
+class Told:
+    """Takes the place of a progress bar."""
+
+    def __init__(self):
+        self.total, self.bytes = 0, []
+
+    def reset(self, total):
+        self.total = total
+
+    def update(self, n):
+        self.bytes.append(n)
+
+
 def assert_same(found, expected):
     assert set(found) == set(expected)
     for name, values in expected.items():
@@ -29,10 +42,10 @@ def assert_same(found, expected):
 
 
 def test_files_are_those_of_the_library(tmp_path):
-    told = []
-    tensors.write(tmp_path / "a.safetensors", VALUES, {"format": "pt"}, told.append)
+    told = Told()
+    tensors.write(tmp_path / "a.safetensors", VALUES, {"format": "pt"}, told)
     assert_same(safetensors_numpy.load_file(tmp_path / "a.safetensors"), VALUES)
-    assert sum(told) == sum(values.nbytes for values in VALUES.values())
+    assert sum(told.bytes) == sum(values.nbytes for values in VALUES.values())
     found, metadata = tensors.open_file(tmp_path / "a.safetensors")
     assert metadata == {"format": "pt"}
     assert_same(found, VALUES)
@@ -133,6 +146,9 @@ def test_weights_that_are_not_numbers_are_refused_by_name(kind, bad, monkeypatch
 
 
 def test_a_full_disk_is_said_beforehand(tmp_path):
-    tensors.check_room(tmp_path / "new" / "model", 1)
+    told = Told()
+    tensors.begin(tmp_path / "new" / "model", VALUES.values(), told)
+    assert told.total == sum(values.nbytes for values in VALUES.values())
+    huge = tensors.Lazy((10**9, 10**9), np.dtype(np.int8), lambda: np.zeros(0))
     with pytest.raises(UserError, match=r"needs 1000000000\.00 GB, but the disk has"):
-        tensors.check_room(tmp_path / "new" / "model", 10**18)
+        tensors.begin(tmp_path / "new" / "model", [huge])

@@ -6,10 +6,12 @@ per output channel named `<name>.scale`. Weights above 2 GB are cut into several
 in the folder is a pickle.
 """
 
+import dataclasses
 import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +72,7 @@ def save(
     `params` is the generator's nnx State, or the same tree as plain dicts. With `quantize` large
     kernels become int8 (see `weights.quantize`) and the rest float16; otherwise every tensor is
     kept as `dtype`. `metadata` (JSON) is provenance. Raises `UserError` if `params` do not fit
-    `generator_config`, hold NaN, or `folder` exists and is something else.
+    `generator_config`, hold NaN, `folder` exists and is something else, or the disk is full.
     """
     tensors = flatten(params)
     _check_names(flatten(abstract_params(generator_config)), _shapes(tensors), "these weights")
@@ -82,23 +84,19 @@ def write(
     folder: str | os.PathLike,
     model: Unread,
     dtype: FloatName | None = None,
-    advance: tensor_files.Advance | None = None,
+    progress: tensor_files.Progress | None = None,
 ) -> None:
-    """Like `save`, for weights that are read one at a time; without `dtype` in their own types.
-
-    `advance` is told the bytes of every tensor once it is written. Raises `UserError` also if the
-    disk is too small.
-    """
-    _store(folder, model._replace(tensors=tensor_files.cast(model.tensors, dtype)), advance)
+    """Like `save`, for weights that are read one at a time; without `dtype` in their own types."""
+    _store(folder, model._replace(tensors=tensor_files.cast(model.tensors, dtype)), progress)
 
 
 def _store(
-    folder: str | os.PathLike, model: Unread, advance: tensor_files.Advance | None = None
+    folder: str | os.PathLike, model: Unread, progress: tensor_files.Progress | None = None
 ) -> None:
     target = Path(folder).resolve()
     if target.exists() and not _is_replaceable(target):
         raise errors.UserError(f"{target} exists and is not a model folder: choose another name")
-    tensor_files.check_room(target, sum(map(tensor_files.nbytes, model.tensors.values())))
+    tensor_files.begin(target, model.tensors.values(), progress)
     config = {
         "format": FORMAT,
         "generator": settings.to_json(model.generator),
@@ -109,7 +107,7 @@ def _store(
     aside.mkdir(parents=True)
     try:
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensor_files.write_shards(aside, "model", model.tensors, SHARD_BYTES, advance=advance)
+        tensor_files.write_shards(aside, "model", model.tensors, SHARD_BYTES, progress=progress)
         _rename_into_place(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -143,7 +141,7 @@ def open_folder(folder: str | os.PathLike) -> Unread:
     return Unread(generator_config, sampling_config, tensors, config.get("metadata", {}))
 
 
-def read(model: Unread, advance: tensor_files.Advance | None = None) -> Model:
+def read(model: Unread, advance: Callable[[int], Any] | None = None) -> Model:
     """The model with its weights read, as float32; `advance` is told 1 for every tensor."""
     abstract = abstract_params(model.generator)
     leaves = []
@@ -153,6 +151,15 @@ def read(model: Unread, advance: tensor_files.Advance | None = None) -> Model:
             advance(1)
     params = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
     return Model(model.generator, model.sampling, params, model.metadata)
+
+
+def is_model(folder: str | os.PathLike) -> bool:
+    """Whether a folder's `config.json` says that it is one of ours, of any version."""
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(config, dict) and str(config.get("format")).startswith("v3d_jax ")
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -172,7 +179,9 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 def abstract_params(config: generator.GeneratorConfig) -> Any:
     """The generator's weights as shapes and dtypes: the State of `nnx.split`, without memory."""
-    leaves, structure = _layout(config)
+    # Weights know nothing of the clips: models that differ in them share a trace.
+    side = config.autoencoder.factor * 2 ** (len(config.unet.channel_mult) - 1)
+    leaves, structure = _layout(dataclasses.replace(config, num_frames=1, image_size=side))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -223,7 +232,8 @@ def _decode(stored: dict[str, Lazy], folder: Path) -> dict[str, Lazy]:
                 raise errors.UserError(
                     f"{folder}: {name} {tensor.shape} has scales of shape {scale.shape}"
                 )
-            tensors[name] = _dequantised(tensor, scale)
+            read = functools.partial(_dequantised, tensor, scale)
+            tensors[name] = Lazy(tensor.shape, np.dtype(np.float32), read)
         elif tensor.dtype in FLOATS.values():
             tensors[name] = tensor
         else:
@@ -231,12 +241,9 @@ def _decode(stored: dict[str, Lazy], folder: Path) -> dict[str, Lazy]:
     return tensors
 
 
-def _dequantised(codes: Lazy, scale: Lazy) -> Lazy:
-    def read() -> np.ndarray:
-        scales = np.asarray(scale, np.float32)
-        return quantization.dequantize(quantization.Quantized(np.asarray(codes), scales))
-
-    return Lazy(codes.shape, np.dtype(np.float32), read)
+def _dequantised(codes: Lazy, scale: Lazy) -> np.ndarray:
+    scales = np.asarray(scale, np.float32)
+    return quantization.dequantize(quantization.Quantized(np.asarray(codes), scales))
 
 
 def _open_tensors(folder: Path) -> dict[str, Lazy]:

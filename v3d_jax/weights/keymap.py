@@ -6,6 +6,7 @@ becomes the other. Maps are built from the network's settings by re-rooting the 
 Theirs are PyTorch layouts (O output, I input channels); ours are channels-last.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from v3d_jax.errors import UserError
 from v3d_jax.weights import folder
+from v3d_jax.weights.tensors import Lazy, same_type
 
 LISTED = 20
 
@@ -116,30 +118,27 @@ def shapes(rules: Sequence[Rule], params: Any) -> dict[str, tuple[int, ...]]:
 
     Raises ValueError unless the rules name each tensor of theirs and each of ours exactly once.
     """
-    ours = {name: tuple(leaf.shape) for name, leaf in folder.flatten(params).items()}
+    known = {name: tuple(leaf.shape) for name, leaf in folder.flatten(params).items()}
     sources = [source for source, _, _ in rules]
     targets = [name for _, target, _ in rules for name in target]
     for what, names in (("source", sources), ("target", targets)):
         if len(set(names)) != len(names):
             raise ValueError(f"key map: some {what} has two rules")
-    if set(targets) != set(ours):
-        raise ValueError(f"key map: {_listed(sorted(set(targets) ^ set(ours)))} on one side only")
-    # Views of one zero: a transform shows the shape without the memory.
-    zero = np.zeros((), np.float32)
+    if set(targets) != set(known):
+        raise ValueError(f"key map: {_listed(sorted(set(targets) ^ set(known)))} on one side only")
     return {
-        source: transform.write(tuple(np.broadcast_to(zero, ours[name]) for name in target)).shape
+        source: transform.write(tuple(_hollow(known[name]) for name in target)).shape
         for source, target, transform in rules
     }
 
 
-def read(
-    rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], params: Any, where: str = "checkpoint"
-) -> Any:
-    """Our parameters from a checkpoint's tensors, in the tree and dtypes of `params`.
+def check(
+    rules: Sequence[Rule], tensors: Mapping[str, Any], params: Any, where: str = "checkpoint"
+) -> None:
+    """Holds a checkpoint's tensors to the rules and to the shapes of `params`.
 
-    `params` is an nnx State or the same tree as dicts, and may be abstract. Raises `KeyMismatch` (a
-    `UserError`) naming all tensors that are missing, unexpected or misshapen; `where` names the
-    file in it.
+    Raises `KeyMismatch` (a `UserError`) naming all tensors that are missing, unexpected or
+    misshapen; `where` names the file in it.
     """
     expected = shapes(rules, params)
     missing = [name for name in expected if name not in tensors]
@@ -151,24 +150,70 @@ def read(
     ]
     if missing or unexpected or misshapen:
         raise KeyMismatch(where, missing, unexpected, misshapen)
-    leaves = folder.flatten(params)
-    ours = {}
+
+
+def ours(rules: Sequence[Rule], tensors: Mapping[str, Any]) -> dict[str, Lazy]:
+    """Our parameters, by name, of a checkpoint's tensors in their types; nothing is read yet."""
+    found = {}
     for source, target, transform in rules:
-        for name, x in zip(target, transform.read(np.asarray(tensors[source])), strict=True):
-            ours[name] = jnp.asarray(np.ascontiguousarray(x), leaves[name].dtype)
-    return jax.tree.unflatten(jax.tree.structure(params), [ours[name] for name in leaves])
+        tensor = tensors[source]
+        for part, (name, shape) in enumerate(
+            zip(target, _read_shapes(transform, tensor.shape), strict=True)
+        ):
+            read = functools.partial(_read_part, transform, tensor, part)
+            found[name] = Lazy(shape, np.dtype(tensor.dtype), read)
+    return found
+
+
+def theirs(rules: Sequence[Rule], params: Mapping[str, Any]) -> dict[str, Lazy]:
+    """A checkpoint's tensors of our parameters by name; the inverse of `ours`."""
+    found = {}
+    for source, target, transform in rules:
+        parts = tuple(params[name] for name in target)
+        shape = transform.write(tuple(_hollow(part.shape) for part in parts)).shape
+        dtype = same_type(parts)
+        found[source] = Lazy(shape, dtype, functools.partial(_write, transform, parts, dtype))
+    return found
+
+
+def read(
+    rules: Sequence[Rule], tensors: Mapping[str, Any], params: Any, where: str = "checkpoint"
+) -> Any:
+    """Our parameters from a checkpoint's tensors, in the tree and dtypes of `params`.
+
+    `params` is an nnx State or the same tree as dicts, and may be abstract. Raises as `check`.
+    """
+    check(rules, tensors, params, where)
+    found = ours(rules, tensors)
+    leaves = [
+        jnp.asarray(np.ascontiguousarray(found[name]), leaf.dtype)
+        for name, leaf in folder.flatten(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def write(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
     """A checkpoint's tensors from our parameters; the inverse of `read`."""
     shapes(rules, params)
-    leaves = folder.flatten(params)
-    return {
-        source: np.ascontiguousarray(
-            transform.write(tuple(np.asarray(leaves[name]) for name in target))
-        )
-        for source, target, transform in rules
-    }
+    leaves = {name: np.asarray(leaf) for name, leaf in folder.flatten(params).items()}
+    return {name: np.ascontiguousarray(x) for name, x in theirs(rules, leaves).items()}
+
+
+def _read_part(transform: Transform, tensor: Any, part: int) -> np.ndarray:
+    return transform.read(np.asarray(tensor))[part]
+
+
+def _write(transform: Transform, parts: tuple[Any, ...], dtype: np.dtype) -> np.ndarray:
+    return transform.write(tuple(np.asarray(part).astype(dtype, copy=False) for part in parts))
+
+
+def _hollow(shape: Sequence[int]) -> np.ndarray:
+    """Views of one zero: a transform shows the shape without the memory."""
+    return np.broadcast_to(np.zeros((), np.float32), tuple(shape))
+
+
+def _read_shapes(transform: Transform, shape: Sequence[int]) -> list[tuple[int, ...]]:
+    return [part.shape for part in transform.read(_hollow(shape))]
 
 
 def _listed(names: Sequence[str]) -> str:

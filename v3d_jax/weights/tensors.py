@@ -6,13 +6,14 @@ its values are asked for, so that a conversion holds one tensor and not the file
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +23,18 @@ from v3d_jax.errors import UserError
 
 FLOATS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 FloatName = Literal["float32", "bfloat16", "float16"]
-Advance = Callable[[int], Any]
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """What is told of long work, such as a bar of tqdm."""
+
+    def reset(self, total: int) -> Any:
+        """The work begins, and has so many bytes."""
+
+    def update(self, n: int) -> Any:
+        """So many bytes more are done."""
+
 
 _TYPES: dict[str, Any] = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
@@ -80,30 +92,32 @@ def _entry(path: Path, start: int, name: str, entry: dict[str, Any]) -> Lazy:
         raise UserError(f"{path}: {name} has the unsupported type {entry['dtype']}")
     shape, dtype = tuple(entry["shape"]), np.dtype(_TYPES[entry["dtype"]])
     begin, end = entry["data_offsets"]
-
-    def read() -> np.ndarray:
-        # Read, not mapped: mapped pages count as the process's memory until the map is closed.
-        try:
-            data = np.fromfile(path, np.uint8, end - begin, offset=start + begin)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
-        if data.size != end - begin:
-            raise UserError(f"{path} was cut short while it was read")
-        return data.view(dtype).reshape(shape)
-
+    read = functools.partial(_read, path, start + begin, end - begin, dtype, shape)
     return Lazy(shape, dtype, read)
+
+
+def _read(
+    path: Path, offset: int, length: int, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
+    # Read, not mapped: mapped pages count as the process's memory until the map is closed.
+    try:
+        data = np.fromfile(path, np.uint8, length, offset=offset)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    if data.size != length:
+        raise UserError(f"{path} was cut short while it was read")
+    return data.view(dtype).reshape(shape)
 
 
 def write(
     path: Path,
     tensors: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
-    advance: Advance | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes one safetensors file that everybody may read, holding one tensor at a time.
 
-    `advance` is told the bytes of every tensor once it is written. A `Lazy` whose values are not of
-    its shape and type raises ValueError.
+    A `Lazy` whose values are not of its shape and type raises ValueError.
     """
     # The widest types first: then every tensor starts at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
@@ -123,8 +137,8 @@ def write(
             if values.shape != tuple(tensor.shape) or values.dtype != tensor.dtype:
                 raise ValueError(f"{name} is {values.dtype} {values.shape}, not as announced")
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            if advance is not None:
-                advance(nbytes(tensor))
+            if progress is not None:
+                progress.update(nbytes(tensor))
     path.chmod(0o644)
 
 
@@ -136,7 +150,7 @@ def write_shards(
     *,
     index: bool = False,
     metadata: Mapping[str, str] | None = None,
-    advance: Advance | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes `<stem>.safetensors`, or several of at most `limit` bytes or one tensor each.
 
@@ -155,7 +169,7 @@ def write_shards(
     for number, shard in enumerate(shards, 1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         path = folder / f"{stem}{suffix}.safetensors"
-        write(path, shard, metadata, advance)
+        write(path, shard, metadata, progress)
         places |= dict.fromkeys(shard, path.name)
     if index and len(shards) > 1:
         total = sum(nbytes(tensor) for tensor in tensors.values())
@@ -183,14 +197,14 @@ def _cast(name: str, tensor: Any, dtype: FloatName | None) -> Lazy:
         values = np.asarray(tensor, np.float32)
         if values.size and np.abs(values).max() > ml_dtypes.finfo(kept).max:
             kept = np.dtype(np.float32)
+    return Lazy(tuple(tensor.shape), kept, functools.partial(_converted, name, tensor, kept))
 
-    def read() -> np.ndarray:
-        values = np.asarray(tensor)
-        if not is_finite(values):
-            raise UserError(f"{name} holds NaN or infinite weights: nothing was saved")
-        return values.astype(kept, copy=False)
 
-    return Lazy(tuple(tensor.shape), kept, read)
+def _converted(name: str, tensor: Any, dtype: np.dtype) -> np.ndarray:
+    values = np.asarray(tensor)
+    if not is_finite(values):
+        raise UserError(f"{name} holds NaN or infinite weights: nothing was saved")
+    return values.astype(dtype, copy=False)
 
 
 def is_finite(values: np.ndarray) -> bool:
@@ -201,14 +215,17 @@ def is_finite(values: np.ndarray) -> bool:
     )
 
 
-def check_room(path: Path, needed: int) -> None:
-    """Raises `UserError` if the disk that `path` would be on has less than `needed` bytes free."""
+def begin(path: Path, tensors: Iterable[Any], progress: Progress | None = None) -> None:
+    """Announces that `tensors` will be written to `path`; `UserError` if the disk is too small."""
+    needed = sum(map(nbytes, tensors))
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"{path} needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left"
         )
+    if progress is not None:
+        progress.reset(needed)
 
 
 def aside(path: Path) -> Path:
