@@ -1,7 +1,6 @@
 import argparse
 import os
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from published_files import contiguous, global_op, mapping, tensor, text, torch_zip
 
 from v3d_jax.errors import UserError
 from v3d_jax.weights import pickles
@@ -26,40 +26,6 @@ class Payload:
 
 def write(path, value, protocol=4):
     path.write_bytes(pickle.dumps(value, protocol))
-    return path
-
-
-# A hand-made torch.save file: opcodes of the parts that PyTorch writes, without PyTorch.
-def global_op(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def integers(values) -> bytes:
-    return b"(" + b"".join(b"J" + struct.pack("<i", v) for v in values) + b"t"
-
-
-def tensor(kind: str, key: str, length: int, offset: int, size, stride) -> bytes:
-    pid = b"(" + text("storage") + global_op("torch", kind) + text(key) + text("cpu")
-    pid += b"J" + struct.pack("<i", length) + b"tQ"
-    hooks = global_op("collections", "OrderedDict") + b")R"
-    body = b"(" + pid + b"J" + struct.pack("<i", offset) + integers(size) + integers(stride)
-    return global_op("torch._utils", "_rebuild_tensor_v2") + body + b"\x89" + hooks + b"tR"
-
-
-def mapping(entries: dict[str, bytes]) -> bytes:
-    return b"}(" + b"".join(text(key) + value for key, value in entries.items()) + b"u"
-
-
-def torch_zip(path, content: bytes, storages: dict[str, bytes], compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("model/data.pkl", b"\x80\x02" + content + b".")
-        archive.writestr("model/byteorder", b"little")
-        for key, data in storages.items():
-            archive.writestr(f"model/data/{key}", data)
     return path
 
 
@@ -155,6 +121,24 @@ def test_lightning_bookkeeping_is_inert(tmp_path):
         pickles.load(path)
 
 
+def test_many_tensors_keep_few_files_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    values = np.arange(4, dtype=np.float32)
+    names = [f"w{i}" for i in range(2000)]
+    content = mapping({name: contiguous("float32", name, (4,)) for name in names})
+    path = torch_zip(tmp_path / "x.pt", content, dict.fromkeys(names, values.tobytes()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        read = pickles.state_dict(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(read) == 2000
+    np.testing.assert_array_equal(read["w1999"], values)
+    pickles.release(read["w1999"])
+    np.testing.assert_array_equal(read["w1999"], values)
+
+
 @pytest.mark.parametrize(
     ("offset", "size", "stride", "length"),
     [(0, (5,), (1,), 4), (2, (3,), (1,), 4), (0, (2, 2), (3, 1), 4), (0, (2,), (1,), 9)],
@@ -222,11 +206,11 @@ def test_reads_what_torch_saves(tmp_path):
     torch.save(lightning, tmp_path / "x.ckpt")
     read = pickles.state_dict(tmp_path / "x.ckpt")
     assert list(read) == list(state)
-    for name, tensor in state.items():
+    for name, saved in state.items():
         array = read[name]
-        assert array.shape == tuple(tensor.shape)
-        assert array.dtype == str(tensor.dtype).removeprefix("torch.")
-        np.testing.assert_array_equal(array.astype(np.float64), tensor.detach().double().numpy())
+        assert array.shape == tuple(saved.shape)
+        assert array.dtype == str(saved.dtype).removeprefix("torch.")
+        np.testing.assert_array_equal(array.astype(np.float64), saved.detach().double().numpy())
     assert pickles.load(tmp_path / "x.ckpt", foreign=True)["global_step"] == 3
     with pytest.raises(pickles.RefusedError, match=r"argparse\.Namespace"):
         pickles.load(tmp_path / "x.ckpt")

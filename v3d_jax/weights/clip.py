@@ -17,6 +17,12 @@ from v3d_jax.weights.keymap import LINEAR, SAME, Rule, layer, norm, rule, stacke
 
 SVD = "conditioner.embedders.0.open_clip.model."
 OPEN_CLIP = "visual."
+# Beginnings of the names of what is not the image tower, in files of either kind.
+TEXT_OPEN_CLIP = (
+    *("attn_mask", "ln_final.", "logit_bias", "logit_scale", "positional_embedding"),
+    *("text_projection", "token_embedding.", "transformer."),
+)
+TEXT_TRANSFORMERS = ("logit_scale", "text_model.", "text_projection.")
 
 
 def _read_patches(x: np.ndarray) -> keymap.Arrays:

@@ -7,9 +7,11 @@ the encoder's last convolution with `fold_quant_conv` before reading, and add an
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from v3d_jax.errors import UserError
 from v3d_jax.nn.autoencoder import AutoencoderConfig
 from v3d_jax.nn.unet import UNetConfig
 from v3d_jax.weights import keymap
@@ -17,6 +19,7 @@ from v3d_jax.weights.keymap import CONV, LINEAR, POINTWISE, TEMPORAL, Rule, laye
 
 _QUANT = "quant_conv"
 _MOMENTS = "encoder.conv_out"
+_MOMENTS_TENSORS = (f"{_MOMENTS}.weight", f"{_MOMENTS}.bias")
 
 
 def unet(config: UNetConfig) -> list[Rule]:
@@ -58,27 +61,30 @@ def autoencoder(config: AutoencoderConfig) -> list[Rule]:
     ]
 
 
-def fold_quant_conv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def fold_quant_conv(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The autoencoder's tensors with `quant_conv` multiplied into the encoder's last convolution.
 
-    Tensors without it come back as they are.
+    Tensors without it come back as they are, and so do all others where it is the identity.
     """
     folded = dict(tensors)
-    if f"{_QUANT}.weight" not in folded:
+    if not {f"{_QUANT}.weight", f"{_QUANT}.bias", *_MOMENTS_TENSORS} <= set(folded):
         return folded
     mix = np.asarray(folded.pop(f"{_QUANT}.weight"), np.float64)[:, :, 0, 0]
-    offset = folded.pop(f"{_QUANT}.bias")
-    kernel, bias = (folded[f"{_MOMENTS}.{name}"] for name in ("weight", "bias"))
-    folded[f"{_MOMENTS}.weight"] = np.einsum("om,mihw->oihw", mix, kernel).astype(np.float32)
-    folded[f"{_MOMENTS}.bias"] = (mix @ bias + offset).astype(np.float32)
-    return folded
+    offset = np.asarray(folded.pop(f"{_QUANT}.bias"), np.float64)
+    if not offset.any() and np.array_equal(mix, np.eye(*mix.shape)):
+        return folded
+    kernel, bias = (np.asarray(folded[name], np.float64) for name in _MOMENTS_TENSORS)
+    if mix.shape[1:] != kernel.shape[:1]:
+        raise UserError(f"{_QUANT}.weight {mix.shape} does not fit {_MOMENTS} {kernel.shape}")
+    mixed = np.einsum("om,mihw->oihw", mix, kernel), mix @ bias + offset
+    return folded | dict(zip(_MOMENTS_TENSORS, (x.astype(np.float32) for x in mixed), strict=True))
 
 
-def unfold_quant_conv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def unfold_quant_conv(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the identity as `quant_conv`, which diffusers expects to find."""
-    moments = len(tensors[f"{_MOMENTS}.bias"])
-    identity = np.eye(moments, dtype=np.float32)[:, :, None, None]
-    zero = np.zeros(moments, np.float32)
+    bias = tensors[_MOMENTS_TENSORS[1]]
+    identity = np.eye(*bias.shape * 2, dtype=bias.dtype)[:, :, None, None]
+    zero = np.zeros(bias.shape, bias.dtype)
     return {**tensors, f"{_QUANT}.weight": identity, f"{_QUANT}.bias": zero}
 
 

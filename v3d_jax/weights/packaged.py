@@ -6,7 +6,7 @@ from pathlib import Path
 
 import v3d_jax
 from v3d_jax import errors
-from v3d_jax.weights import folder
+from v3d_jax.weights import folder, published
 
 ASSETS = Path(v3d_jax.__file__).parent / "assets"
 
@@ -24,7 +24,8 @@ def path(name: str) -> Path:
     close = difflib.get_close_matches(name, names(), 1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise errors.UserError(
-        f"unknown model {name!r}: {hint}give a packaged name or a model folder ({there})"
+        f"unknown model {name!r}: {hint}give a packaged name, a model folder or a published"
+        f" checkpoint ({there})"
     )
 
 
@@ -38,6 +39,14 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     return path(str(name_or_path))
 
 
+def open_model(name_or_path: str | os.PathLike) -> folder.Unread:
+    """Opens a packaged model, a model folder or a published checkpoint; no weights are read yet."""
+    given = Path(name_or_path)
+    if str(name_or_path) not in names() and published.is_published(given):
+        return published.open_model(given)
+    return folder.open_folder(resolve(name_or_path))
+
+
 def load(name_or_path: str | os.PathLike) -> folder.Model:
-    """Loads a packaged model by name, or a model folder by path."""
-    return folder.load(resolve(name_or_path))
+    """Loads what `open_model` opens."""
+    return folder.read(open_model(name_or_path))

@@ -9,6 +9,7 @@ an inert `Foreign` object. Read are pickled containers of numpy arrays, and PyTo
 
 import io
 import math
+import mmap
 import os
 import pickle
 import struct
@@ -236,11 +237,13 @@ def _load_zip(path: Path, foreign: bool) -> Any:
         order = "<"
         if f"{root}byteorder" in archive.namelist():
             order = {b"little": "<", b"big": ">"}[archive.read(f"{root}byteorder")]
+        # One map for all: every map holds the file open once more, and systems allow few.
+        mapped = np.memmap(path, np.uint8, "r")
         memories: dict[str, np.ndarray] = {}
 
         def storage(key: str, dtype: np.dtype) -> np.ndarray:
             if key not in memories:
-                memories[key] = _memory(path, archive, archive.getinfo(f"{root}data/{key}"))
+                memories[key] = _memory(mapped, archive, archive.getinfo(f"{root}data/{key}"))
             memory = memories[key]
             memory = memory[: len(memory) // dtype.itemsize * dtype.itemsize]
             return memory.view(dtype if dtype.itemsize == 1 else dtype.newbyteorder(order))
@@ -249,16 +252,27 @@ def _load_zip(path: Path, foreign: bool) -> Any:
         return _finish(_Unpickler(data, storage=storage, foreign=foreign).load())
 
 
-def _memory(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """The bytes of a zip entry, mapped where they are stored uncompressed."""
+def _memory(mapped: np.ndarray, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """The bytes of a zip entry, from the map of the file where they are stored uncompressed."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size == 0:
         return np.frombuffer(archive.read(info), np.uint8)
-    with path.open("rb") as file:
-        file.seek(info.header_offset)
-        # The local header's own lengths: its extra field pads the data to an aligned offset.
-        name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        offset = info.header_offset + _LOCAL_HEADER.size + name + extra
-    return np.memmap(path, np.uint8, "r", offset, (info.file_size,))
+    start = info.header_offset
+    # The local header's own lengths: its extra field pads the data to an aligned offset.
+    name, extra = _LOCAL_HEADER.unpack(mapped[start : start + _LOCAL_HEADER.size].tobytes())
+    begin = start + _LOCAL_HEADER.size + name + extra
+    return mapped[begin : begin + info.file_size]
+
+
+def release(array: np.ndarray) -> None:
+    """Gives the memory of a mapped array back; its values are read again when they are used.
+
+    Arrays that are not mapped stay as they are.
+    """
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _finish(value: Any) -> Any:

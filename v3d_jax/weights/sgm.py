@@ -4,6 +4,10 @@ Names are relative to the network: those of the UNet come without `UNET`, those 
 without `AUTOENCODER`. Source: the state dicts of generative-models and of the V3D release.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from v3d_jax.errors import UserError
 from v3d_jax.nn.autoencoder import AutoencoderConfig
 from v3d_jax.nn.unet import UNetConfig
 from v3d_jax.weights import keymap
@@ -11,6 +15,10 @@ from v3d_jax.weights.keymap import CONV, LINEAR, POINTWISE, TEMPORAL, Rule, laye
 
 UNET = "model.diffusion_model."
 AUTOENCODER = "first_stage_model."
+# SVD's conditioning has an autoencoder of its own, without layers across frames; V3D's has not.
+CONDITIONING = "conditioner.embedders.3."
+EMA = "model_ema."
+_EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 
 
 def unet(config: UNetConfig) -> list[Rule]:
@@ -117,6 +125,26 @@ def _up(config: UNetConfig) -> list[Rule]:
             source = f"output_blocks.{index - 1}.{place}.conv"
             rules += layer(source, f"up.{level}.resample", CONV)
     return rules
+
+
+def averaged(tensors: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """The tensors with the averages of the network below `prefix` put in their places.
+
+    Averages have the names of the parameters, without `model.` and without dots. Returns also the
+    names of the averages that were put in; parameters that were not trained have none.
+    """
+    kept = {name: x for name, x in tensors.items() if not name.startswith(EMA)}
+    places: dict[str, str] = {}
+    for name in kept:
+        if name.startswith(prefix):
+            average = EMA + name.removeprefix("model.").replace(".", "")
+            if average in places:
+                raise UserError(f"{average} may be {name} or {places[average]}: not used")
+            places[average] = name
+    used = [name for name in tensors if name in places]
+    kept |= {places[name]: tensors[name] for name in used}
+    lost = {name for name in tensors if name.startswith(EMA)} - set(used) - set(_EMA_COUNTERS)
+    return {**kept, **{name: tensors[name] for name in tensors if name in lost}}, used
 
 
 def _block(source: str, target: str, *, changes: bool, attend: bool) -> list[Rule]:
