@@ -17,7 +17,7 @@ PARITY = [
     "pycolmap>=3.12",
     "gsplat>=1.5",
 ]
-SCRIPTS = ["sample", "reconstruct", "train", "render", "evaluate"]
+SCRIPTS = ["sample", "reconstruct", "train", "render", "convert", "evaluate"]
 
 setup(
     name="v3d_jax",

@@ -36,7 +36,7 @@ class SampleArgs:
     out: Path = Path("out")
     """Folder that receives one folder a picture."""
     model: str = "mini"
-    """A packaged model's name, or a model folder."""
+    """A packaged model's name, a model folder, or a published checkpoint (docs/weights.md)."""
     steps: int | None = None
     """Sampling steps, instead of the model's own."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
@@ -87,10 +87,8 @@ def run(args: SampleArgs) -> list[Path]:
     if args.cache:
         console.enable_cache()
     wanted, seconds = stages(args.stages), dict[str, float]()
-    with console.timed(seconds, "load"):
-        model = folder.load(packaged.resolve(args.model))
-        settings = configure(args, model)
-        params = jax.device_put(nnx.to_pure_dict(model.params))
+    unread = packaged.open_model(args.model)
+    settings = configure(args, unread)
     height, width = settings.generator.frame_size
     if height != width:
         raise errors.UserError(f"{args.model} makes {width} x {height} frames; orbits are square")
@@ -98,6 +96,8 @@ def run(args: SampleArgs) -> list[Path]:
         prepared = [preprocess.prepare(picture, width, args.border) for picture in pictures]
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         console.note(note)
+    with console.progress(seconds, "load", len(unread.tensors)) as bar:
+        params = jax.device_put(nnx.to_pure_dict(folder.read(unread, bar.update).params))
     cameras = camera.orbit(settings.generator.num_frames, width=width, height=height)
     for picture, one, target in zip(pictures, prepared, folders, strict=True):
         spent = dict(seconds)
@@ -139,7 +139,7 @@ def stages(text: str) -> list[str]:
     return [stage.strip() for stage in text.split(",")]
 
 
-def configure(args: SampleArgs, model: folder.Model) -> pipeline.Settings:
+def configure(args: SampleArgs, model: folder.Model | folder.Unread) -> pipeline.Settings:
     """The model's own sampling settings with those of the command line put in."""
     given = {"steps": args.steps, "sampler": args.sampler, "schedule": args.schedule}
     if args.guidance is not None:
