@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -244,3 +245,16 @@ def test_no_two_published_names_share_an_average():
     kept, used = sgm.averaged(dict.fromkeys(named) | ema, sgm.UNET)
     assert len(used) == 1428
     assert set(kept) == set(named)
+
+
+@pytest.mark.parametrize("write", [folder.write, export.write_sgm, export.write_diffusers])
+def test_a_conversion_holds_few_tensors(tmp_path, pair, write):
+    model = published.open_model(pair, HINTS)
+    total = sum(x.nbytes for x in values(model).values())
+    tracemalloc.start()
+    try:
+        write(tmp_path / "out", model)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < total / 3
