@@ -16,7 +16,7 @@ from v3d_jax.nn import autoencoder, clip, conditioner, generator, unet
 from v3d_jax.ops import image
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
-from v3d_jax.training import video
+from v3d_jax.training import cached, video
 
 CLIPS, FRAMES = 8, 3
 
@@ -151,7 +151,7 @@ def test_condition_is_what_sampling_gives():
     np.testing.assert_array_equal(condition.latent, first)
     # ... and latents are cached at the scale at which sampling encodes the picture.
     frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    encode = video._encoder(config(1).autoencoder, frozen, jnp.float32)
+    encode = cached.encoder(config(1).autoencoder, frozen, jnp.float32)
     pixels = image.to_network(jnp.asarray(frames, jnp.float32) / 255.0)
     latent = pipeline.picture_latent(settings, whole, pixels, key)
     np.testing.assert_allclose(encode(frames), latent, atol=1e-5)

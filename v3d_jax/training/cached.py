@@ -43,7 +43,7 @@ class Opened(NamedTuple):
 def open_autoencoder(cached: CachedLatentsConfig, dtype: Any) -> Opened:
     """Reads the autoencoder; its `latents` encodes what is not kept from before, in `dtype`."""
     config, params = autoencoder.load(Path(cached.autoencoder))
-    encode = _encoder(config, params, dtype)
+    encode = encoder(config, params, dtype)
     weights = latents.fingerprint({"params": params, "scale": np.float64(config.scale_factor)})
 
     def open_or_encode(source: orbits.Source) -> latents.LatentCache:
@@ -59,7 +59,8 @@ def open_autoencoder(cached: CachedLatentsConfig, dtype: Any) -> Opened:
     return Opened(config, params, open_or_encode)
 
 
-def _encoder(config: AutoencoderConfig, params: Params, dtype: Any) -> latents.Encode:
+def encoder(config: AutoencoderConfig, params: Params, dtype: Any) -> latents.Encode:
+    """Scaled means of the posteriors of 8-bit frames on white, one compiled program a shape."""
     module = nnx.eval_shape(lambda: Autoencoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef = nnx.split(module)[0]
     params = jax.tree.map(jnp.asarray, params)
