@@ -85,6 +85,12 @@ def test_clips_start_at_the_first_view_unless_drawn_elsewhere(chance, low, high)
     assert (set(starts) == set(range(6))) == (chance > 0)
 
 
+@pytest.mark.parametrize("chance", [-0.1, 1.5])
+def test_a_chance_beyond_one_is_refused(chance):
+    with pytest.raises(ValueError, match=rf"a chance in \[0, 1\], not {chance}"):
+        replace(random_start=chance)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_hosts_share_the_batch_of_one(world):
     whole, state = take(Numbers(), 5)

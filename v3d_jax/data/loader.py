@@ -36,6 +36,10 @@ class LoaderConfig:
     prefetch: int = 8
     workers: int = 0
 
+    def __post_init__(self):
+        if not 0.0 <= self.random_start <= 1.0:
+            raise ValueError(f"random_start is a chance in [0, 1], not {self.random_start}")
+
 
 @runtime_checkable
 class Clips(Protocol):
