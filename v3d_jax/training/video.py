@@ -109,6 +109,10 @@ def build(
     def merged(params: Params, frozen: Frozen) -> generator.Generator:
         return pipeline.networks(settings, whole(params, frozen))
 
+    def measure(params: Params, frozen: Frozen) -> generator.Generator:
+        """With the decoder that does not learn, for clean latents."""
+        return merged({**params, "decoder": frozen.autoencoder["decoder"]}, frozen)
+
     def loss(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
         return video_loss(
             merged(params, frozen),
@@ -117,7 +121,7 @@ def build(
             loss_config,
             condition_config,
             None if frozen.lpips is None else (frozen.lpips, perceptual_config),
-            None if "decoder" not in parts else merged(without_decoder(params), frozen),
+            measure(params, frozen) if "decoder" in parts else None,
         )
 
     def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
@@ -149,11 +153,6 @@ def whole(params: Params, frozen: Frozen) -> Params:
     networks = {**frozen.rest, **params}
     decoder = networks.pop("decoder", frozen.autoencoder["decoder"])
     return {**networks, "autoencoder": {**frozen.autoencoder, "decoder": decoder}}
-
-
-def without_decoder(params: Params) -> Params:
-    """What learns but the decoder: the measure is what the frozen one makes of clean latents."""
-    return {name: part for name, part in params.items() if name != "decoder"}
 
 
 def _check_parts(
