@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import pytest
 
 from v3d_jax.ops.camera import Camera
@@ -39,23 +40,11 @@ def traced(config):
     return jax.jit(step).trace(*arguments(config))
 
 
-def equations(jaxpr):
-    """Every equation of a jaxpr and of all those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                yield from equations(value)
-
-
 @pytest.mark.parametrize("config", [fit.V3D, PLANES], ids=["grid", "planes"])
 def test_table_is_read_and_written_once_a_batch(config):
     """Rays' samples and random points; cells of the occupancy grid are read only."""
     table = (sum(config.field.grid.rows), config.field.grid.features)
-    found = list(equations(traced(config).jaxpr.jaxpr))
+    found = list(jaxprs.equations(traced(config).jaxpr.jaxpr))
     touched = [
         equation.primitive.name
         for equation in found

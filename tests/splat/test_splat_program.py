@@ -4,24 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 
 from v3d_jax.ops.camera import Camera
 from v3d_jax.splat import rasterize
 from v3d_jax.splat.gaussians import Gaussians
-
-
-def equations(jaxpr):
-    """Every equation of a jaxpr and of all those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                yield from equations(value)
 
 
 def shapes(views, count, degree):
@@ -49,7 +38,7 @@ def step(config, gaussians, camera, background):
 def test_sorts_scatters_and_types(unroll, height, tile):
     config = rasterize.RasterConfig(width=96, height=height, slots=1 << 14, unroll=unroll)
     traced = jax.make_jaxpr(functools.partial(step, config))(*shapes(2, 400, 3))
-    found = list(equations(traced.jaxpr))
+    found = list(jaxprs.equations(traced.jaxpr))
     assert len(found) > 500
     sorts = [e for e in found if e.primitive.name == "sort"]
     assert len(sorts) == 2
