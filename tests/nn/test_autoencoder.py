@@ -96,6 +96,19 @@ def test_a_fresh_decoder_is_one_of_images():
     assert 0.1 < float(jnp.std(clip)) < 10.0
 
 
+def test_frames_alone_are_clips_of_one_frame():
+    net = filled()
+    alone = filled(dataclasses.replace(CONFIG, frames_alone=True))
+    decode = fixtures.jit(lambda net, latents: net.decode(latents))
+    latents = jnp.asarray(fixtures.draw(3, (2, 3, 4, 4, 4)))
+    frames = decode(alone, latents)
+    assert frames.shape == (2, 3, 16, 16, 3)
+    for frame in range(3):
+        expected = decode(net, latents[:, frame : frame + 1])[:, 0]
+        np.testing.assert_allclose(frames[:, frame], expected, atol=1e-5)
+    assert float(jnp.abs(frames - decode(net, latents)).max()) > 1e-3
+
+
 def test_encode_splits_and_clamps_the_moments():
     net = filled()
     images = jnp.asarray(fixtures.draw(1, (2, 16, 16, 3)))

@@ -54,10 +54,9 @@ def test_the_parts_that_are_named_move_and_no_others(files, tmp_path, monkeypatc
     rng = np.random.default_rng(0)
     monkeypatch.setattr(lpips_weights, "load", lambda net: random_lpips.vgg(rng))
     train.train(settings(files, tmp_path / "run", parts=parts))
-    before, after = (
-        folder.flatten(folder.load(path).params)
-        for path in (files / "model", tmp_path / "run" / "model")
-    )
+    models = [folder.load(path) for path in (files / "model", tmp_path / "run" / "model")]
+    assert [model.generator.autoencoder.frames_alone for model in models] == [False, True]
+    before, after = (folder.flatten(model.params) for model in models)
     assert before.keys() == after.keys()
     names = {"decoder": "autoencoder.decoder."}
     moving = tuple(names.get(part, f"{part}.") for part in parts)

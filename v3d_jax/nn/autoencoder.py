@@ -28,7 +28,8 @@ class AutoencoderConfig:
 
     `channel_mult` has one entry a level, each level but the last halves the image; a level has
     `num_res_blocks` blocks in the encoder and one more in the decoder. Every width must divide by
-    `groups`, those of group normalisation. `remat` recomputes blocks in the backward pass.
+    `groups`, those of group normalisation. `remat` recomputes blocks in the backward pass. With
+    `frames_alone` the decoder takes every frame as a clip of its own, for weights trained so.
     """
 
     channels: int = 128
@@ -37,6 +38,7 @@ class AutoencoderConfig:
     latent_channels: int = 4
     groups: int = layers.GROUPS
     scale_factor: float = 0.18215
+    frames_alone: bool = False
     remat: bool = False
     attention_impl: attention.Implementation | None = None
 
@@ -237,6 +239,11 @@ class Autoencoder(nnx.Module):
     def decode(self, latents: Float[Array, "b t i j c"]) -> Float[Array, "b t h w 3"]:
         """Frames in about [-1, 1] of unscaled latents, in the dtype of `latents`.
 
-        Frames outside the given ones count as zero, so decoding in chunks changes the result.
+        Frames outside the given ones count as zero, so decoding in chunks changes the result,
+        unless `config.frames_alone`.
         """
-        return self.decoder(latents).astype(latents.dtype)
+        if not self.config.frames_alone:
+            return self.decoder(latents).astype(latents.dtype)
+        clips = latents.reshape(-1, 1, *latents.shape[2:])
+        frames = self.decoder(clips).astype(latents.dtype)
+        return frames.reshape(*latents.shape[:2], *frames.shape[2:])

@@ -76,7 +76,9 @@ def build(
     """
     _check_parts(parts, perceptual_config, init_from)
     opened = cached.open_autoencoder(latents, dtype)
-    model = _with_autoencoder(model, opened.config)
+    # The perceptual term decodes frames alone, and so must whoever uses what learnt from it.
+    alone = opened.config.frames_alone or "decoder" in parts
+    model = _with_autoencoder(model, dataclasses.replace(opened.config, frames_alone=alone))
     sources, heldout = objective.train_sources(data), objective.heldout_source(data)
     clips = loader.JoinedClips([opened.latents(source) for source in sources])
     heldout_clips = None if heldout is None else opened.latents(heldout)
