@@ -117,7 +117,7 @@ def test_batched_generation_is_the_pipeline_object_by_object(params):
     inputs = jnp.stack([jnp.asarray(frames(i)[0], jnp.float32) / 255 for i in range(2)])
     keys = jax.random.split(jax.random.key(5), 2)
     batched = jax.jit(evaluate.generate, static_argnums=0)(CONFIG, params, inputs, keys)
-    alone = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    alone = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     assert batched.shape == (2, COUNT, SIZE, SIZE, 3)
     for i in range(2):
         expected = alone(CONFIG, params, inputs[i], keys[i])
@@ -170,7 +170,7 @@ def test_predictors_see_what_they_should(params):
 
 def test_an_orbit_depends_on_the_seed_and_the_place_alone(params):
     first, other = made(params), made(params, seed=1)
-    alone = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    alone = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     for i in range(3):
         assert (first[i].frames[evaluate.MODEL] != other[i].frames[evaluate.MODEL]).any()
         assert first[i].scores[evaluate.NEAREST] == other[i].scores[evaluate.NEAREST]

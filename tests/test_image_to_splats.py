@@ -48,7 +48,7 @@ def test_picture_to_gaussians_is_one_program(whole, picture, key):
     assert one.gaussians.means.shape == (150, 3)
     assert float(one.losses[-5:].mean()) < float(one.losses[:5].mean())
     assert 0 < int(one.slots) <= SETTINGS.splats.slots
-    orbit = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    orbit = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     np.testing.assert_allclose(one.frames, orbit(SETTINGS, params, picture, key), atol=1e-4)
 
 

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_generator
+from PIL import Image
 
-from v3d_jax import pipeline
+from v3d_jax import errors, pipeline
+from v3d_jax.data import preprocess
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn import conditioner, generator
 from v3d_jax.weights import folder
@@ -28,7 +30,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def orbit():
-    return jax.jit(pipeline.generate_orbit, static_argnums=0)
+    return jax.jit(pipeline.image_to_orbit, static_argnums=0)
 
 
 def test_the_whole_is_one_jitted_function_of_its_key(params, image, orbit, key):
@@ -63,6 +65,45 @@ def test_bfloat16_activations_stay_close_and_return_float32(params, key):
     assert half.dtype == jnp.float32
     difference = jnp.abs(half - decode(SETTINGS, params, latents))
     assert 0 < float(difference.mean()) < 0.03
+
+
+def test_weights_held_in_bfloat16_give_the_same_bits(params, image, key, tmp_path):
+    """A norm's scale rounded too would show, and a kernel left in float32 weighs twice."""
+    folder.save(tmp_path / "tiny", tiny_generator.CONFIG, SAMPLING, params)
+    model = pipeline.load(tmp_path / "tiny", activations="bfloat16")
+    held = folder.flatten(model.params)
+    large = {name: leaf for name, leaf in held.items() if leaf.size > 256}
+    assert len(large) > 30
+    assert {leaf.dtype for leaf in large.values()} == {jnp.dtype(jnp.bfloat16)}
+    frames = pipeline.generate_orbit(model, image, key)
+    wide = jax.jit(pipeline.image_to_orbit, static_argnums=0)(model.settings, params, image, key)
+    np.testing.assert_array_equal(frames, wide)
+
+
+def test_a_notebook_gives_the_frames_of_the_pure_function(params, orbit, key, tmp_path, capsys):
+    """From a path, an opened picture and an array, with the model's own sampling settings."""
+    folder.save(tmp_path / "tiny", tiny_generator.CONFIG, SAMPLING, params)
+    model = pipeline.load(tmp_path / "tiny")
+    assert model.settings == SETTINGS
+    rgb = np.full((40, 40, 3), 250, np.uint8)
+    rgb[10:30, 12:28] = (200, 60, 30)
+    Image.fromarray(rgb).save(tmp_path / "toy.png")
+    frames = pipeline.generate_orbit(model, tmp_path / "toy.png", key)
+    assert "note: " in capsys.readouterr().err  # that the background was guessed
+    prepared = preprocess.prepare(tmp_path / "toy.png", 16).image / np.float32(255.0)
+    np.testing.assert_array_equal(frames, orbit(SETTINGS, params, jnp.asarray(prepared), key))
+    opened = pipeline.generate_orbit(model, Image.open(tmp_path / "toy.png"), key)
+    np.testing.assert_array_equal(opened, frames)
+    np.testing.assert_array_equal(pipeline.generate_orbit(model, prepared, key), frames)
+
+
+def test_a_notebook_is_told_what_cannot_be_used(params, image, key):
+    model = pipeline.Model(SETTINGS, params)
+    with pytest.raises(errors.UserError, match="16 x 8 pixels was given, the model takes 16 x 16"):
+        pipeline.generate_orbit(model, image[:8], key)
+    wide = replace(SETTINGS, generator=replace(tiny_generator.CONFIG, image_size=(16, 32)))
+    with pytest.raises(errors.UserError, match="32 x 16 frames"):
+        pipeline.generate_orbit(model._replace(settings=wide), "toy.png", key)
 
 
 def test_scale_one_costs_half(params, image, key):
@@ -134,7 +175,7 @@ def test_decoding_in_chunks(params, key):
 def test_the_published_size_traces_from_picture_to_frames(key):
     settings = pipeline.Settings(generator.V3D_512, SamplingConfig())
     frames = jax.eval_shape(
-        functools.partial(pipeline.generate_orbit, settings),
+        functools.partial(pipeline.image_to_orbit, settings),
         folder.abstract_params(generator.V3D_512),
         jax.ShapeDtypeStruct((512, 512, 3), jnp.float32),
         key,

@@ -95,7 +95,7 @@ def test_command_line_gives_the_frames_of_the_pipeline(tmp_path, model, picture)
     loaded = folder.load(model)
     image = preprocess.prepare(picture, 16).image.astype(np.float32) / 255.0
     settings = pipeline.Settings(loaded.generator, loaded.sampling)
-    orbit = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    orbit = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     expected = orbit(settings, loaded.params, jax.numpy.asarray(image), jax.random.key(5))
     assert np.abs(frames(path) - 255.0 * np.asarray(expected)).max() <= 0.6
 

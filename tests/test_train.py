@@ -347,7 +347,7 @@ def test_from_pictures_to_a_model_that_samples(data, tmp_path):
         np.testing.assert_array_equal(np.asarray(whole[name]), np.asarray(leaf))
     assert model.generator.autoencoder.scale_factor != 0.18215
     image = jnp.full((16, 16, 3), 0.5)
-    generate = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    generate = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     sampling = pipeline.Settings(model.generator, model.sampling)
     orbit = generate(sampling, model.params, image, jax.random.key(0))
     assert orbit.shape == (3, 16, 16, 3)

@@ -89,7 +89,7 @@ def generate(
     inputs: Float[Array, "b h w 3"],
     keys: Key[Array, " b"],
 ) -> Float[Array, "b t h w 3"]:
-    """`pipeline.generate_orbit` of every input with its own key; the UNet sees them as one batch.
+    """`pipeline.image_to_orbit` of every input with its own key; the UNet sees them as one batch.
 
     Encoding and decoding go object by object, so that their memory does not grow with the batch.
     """

@@ -1,24 +1,34 @@
 """One picture to an orbit video and 3D Gaussians: one pure function a stage, and all as one.
 
+For a notebook, where a picture is a file's path:
+
+    model = pipeline.load("mini")
+    frames = pipeline.generate_orbit(model, "picture.png", jax.random.key(0))
+
 Axes: `b` clip, `t` frame, `h w` image, `c` channel. Images are in [0, 1]; latents are the diffusion
 model's (scaled, of about unit variance). `params` is the tree that `nnx.split` gives of a
-`Generator`. Every function can be jitted with its settings static:
+`Generator`. Every function of settings can be jitted with them static:
 
-    orbit = jax.jit(pipeline.generate_orbit, static_argnums=0)
+    orbit = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     frames = orbit(pipeline.Settings(generator_config, sampling_config), params, image, key)
 
 `image_to_splats` goes on to the Gaussians in the same program.
 """
 
 import functools
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
+from PIL import Image
 
+from v3d_jax import console, errors
+from v3d_jax.data import preprocess
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion.guidance import Condition
 from v3d_jax.nn import conditioner, generator, lpips
@@ -28,6 +38,7 @@ from v3d_jax.splat import cloud, fit, objective, rasterize, silhouette, start
 from v3d_jax.splat.carve import CarveConfig
 from v3d_jax.splat.fit import FitConfig
 from v3d_jax.splat.gaussians import Gaussians
+from v3d_jax.weights import folder, packaged
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,62 @@ class Settings:
         """The networks' type of activations on the default device."""
         automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(automatic if self.activations == "auto" else self.activations)
+
+
+class Model(NamedTuple):
+    """A model to run: its settings and, on the device, its weights as the networks use them."""
+
+    settings: Settings
+    params: Any
+
+
+def load(name_or_path: str | os.PathLike, **changes: Any) -> Model:
+    """A packaged model, a model folder or a published checkpoint, with its own sampling settings.
+
+    `changes` are fields of `Settings` to set. Raises `UserError` as `weights.packaged.open_model`.
+    """
+    unread = packaged.open_model(name_or_path)
+    settings = replace(Settings(unread.generator, unread.sampling), **changes)
+    return Model(settings, read_params(settings, unread))
+
+
+def read_params(settings: Settings, unread: folder.Unread, advance: Any = None) -> Any:
+    """The weights of an opened model, in the types that networks use them in.
+
+    `advance` is told 1 for every tensor.
+    """
+    read = folder.read(unread, advance, settings.dtype)
+    return jax.device_put(nnx.to_pure_dict(read.params))
+
+
+def generate_orbit(
+    model: Model,
+    image: str | os.PathLike | Image.Image | Float[Array, "h w 3"] | Float[np.ndarray, "h w 3"],
+    key: Key[Array, ""],
+) -> Float[Array, "t h w 3"]:
+    """The orbit video of a picture, frames in [0, 1]; frame 0 is the picture's own view.
+
+    A path or a Pillow image is cut out and centred first (`data.preprocess`); an array is taken as
+    `image_to_orbit` takes it. The first call compiles. Raises `UserError` for a picture that
+    cannot be used and for an array of another size than the model's frames.
+    """
+    height, width = model.settings.generator.frame_size
+    if isinstance(image, str | os.PathLike | Image.Image):
+        if height != width:
+            raise errors.UserError(
+                f"the model makes {width} x {height} frames and pictures are made square for it:"
+                " give an array of that size"
+            )
+        prepared = preprocess.prepare(image, width)
+        for note in prepared.notes:
+            console.note(note)
+        image = prepared.image / 255.0
+    elif image.shape[:2] != (height, width):
+        raise errors.UserError(
+            f"an array of {image.shape[1]} x {image.shape[0]} pixels was given, the model takes"
+            f" {width} x {height}: give a path to have it fitted"
+        )
+    return _image_to_orbit(model.settings, model.params, jnp.asarray(image, jnp.float32), key)
 
 
 def encode_condition(
@@ -172,7 +239,7 @@ def decode(
     return images.from_network(jnp.concatenate(parts, axis=1))
 
 
-def generate_orbit(
+def image_to_orbit(
     settings: Settings, params: Any, image: Float[Array, "h w 3"], key: Key[Array, ""]
 ) -> Float[Array, "t h w 3"]:
     """The orbit video of one prepared picture: frame 0 is the picture's own view.
@@ -186,7 +253,7 @@ def generate_orbit(
 
 
 def split_key(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """The keys of the conditioning and of the initial noise that `generate_orbit` uses."""
+    """The keys of the conditioning and of the initial noise that `image_to_orbit` uses."""
     condition_key, noise_key = jax.random.split(key)
     return condition_key, noise_key
 
@@ -210,7 +277,7 @@ def image_to_splats(
 ) -> Splats:
     """The whole method as one function to jit: orbit, masks from white, visual hull, fit.
 
-    Without the parameters of LPIPS its term is left out. The frames are those of `generate_orbit`
+    Without the parameters of LPIPS its term is left out. The frames are those of `image_to_orbit`
     with the same key.
     """
     frames = generate_orbit(settings, params, image, key)
@@ -264,6 +331,9 @@ def perceptual(dtype: Any) -> objective.Perceptual:
 def networks(settings: Settings, params: Any) -> generator.Generator:
     """The generator with these parameters; costs nothing inside a compiled function."""
     return nnx.merge(_graphdef(settings.generator, settings.dtype), params)
+
+
+_image_to_orbit = jax.jit(image_to_orbit, static_argnums=0)
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 from jaxtyping import UInt8
 
 from v3d_jax import console, errors, meshing, pipeline, splatting, surfacing
@@ -97,7 +96,7 @@ def run(args: SampleArgs) -> list[Path]:
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         console.note(note)
     with console.progress(seconds, "load", len(unread.tensors)) as bar:
-        params = jax.device_put(nnx.to_pure_dict(folder.read(unread, bar.update).params))
+        params = pipeline.read_params(settings, unread, bar.update)
     cameras = camera.orbit(settings.generator.num_frames, width=width, height=height)
     for picture, one, target in zip(pictures, prepared, folders, strict=True):
         spent = dict(seconds)
@@ -156,7 +155,7 @@ def generate(
     seed: int,
     seconds: dict[str, float],
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """`pipeline.generate_orbit`, a stage and a step at a time so that progress can be shown.
+    """`pipeline.image_to_orbit`, a stage and a step at a time so that progress can be shown.
 
     Adds each stage's time to `seconds`, compilation included.
     """

@@ -27,6 +27,13 @@ def test_mini_fits_the_package():
     assert sum(counts(generator.MINI)) < MINI_LIMIT
 
 
+def test_weights_that_layers_cast_are_kernels_their_biases_and_embeddings():
+    names = {"a.conv.kernel", "a.conv.bias", "a.norm.scale", "a.norm.bias", "a.mix.mix_factor"}
+    names |= {"vision.class_embedding"}
+    cast = {"a.conv.kernel", "a.conv.bias", "vision.class_embedding"}
+    assert generator.cast_weights(names) == cast
+
+
 def test_latent_shapes():
     assert generator.V3D_512.latent_shape == (18, 64, 64, 4)
     assert generator.SVD_XT.latent_shape == (25, 72, 128, 4)

@@ -4,6 +4,7 @@ The presets are constants: `SVD_XT` and `V3D_512` are the published models, `MIN
 to train on one device and to ship with the package in int8.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,22 @@ class Generator(nnx.Module):
 def abstract(config: GeneratorConfig, *, dtype: Any = jnp.float32) -> Generator:
     """The generator with shapes in place of arrays: no memory, no computation."""
     return nnx.eval_shape(lambda: Generator(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def cast_weights(names: Collection[str]) -> set[str]:
+    """Of all weights, by dotted path, those that layers cast to the type of activations.
+
+    These are kernels with their biases, and the image tower's embeddings: held in that type they
+    give the same results and are not cast again at every use. Norms and blends stay in float32.
+    """
+    held = set(names)
+
+    def is_cast(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        beside_kernel = leaf == "bias" and f"{module}.kernel" in held
+        return leaf == "kernel" or beside_kernel or leaf.endswith("_embedding")
+
+    return {name for name in held if is_cast(name)}
 
 
 def num_parameters(module: nnx.Module) -> int:

@@ -36,7 +36,7 @@ LISTED = 8
 
 
 class Model(NamedTuple):
-    """A generator's settings, how to sample it, its weights (float32) and where they came from."""
+    """A generator's settings, how to sample it, its weights and where they came from."""
 
     generator: generator.GeneratorConfig
     sampling: sampler.SamplingConfig
@@ -141,12 +141,21 @@ def open_folder(folder: str | os.PathLike) -> Unread:
     return Unread(generator_config, sampling_config, tensors, config.get("metadata", {}))
 
 
-def read(model: Unread, advance: Callable[[int], Any] | None = None) -> Model:
-    """The model with its weights read, as float32; `advance` is told 1 for every tensor."""
+def read(
+    model: Unread, advance: Callable[[int], Any] | None = None, activations: Any = np.float32
+) -> Model:
+    """The model with its weights read, as float32; `advance` is told 1 for every tensor.
+
+    For inference with other `activations`, weights that networks use in that type are held in it
+    from the start: the same results in half the memory.
+    """
     abstract = abstract_params(model.generator)
+    names = flatten(abstract)
+    cast = generator.cast_weights(names)
     leaves = []
-    for name in flatten(abstract):
-        leaves.append(jnp.asarray(np.asarray(model.tensors[name]).astype(np.float32, copy=False)))
+    for name in names:
+        tensor = np.asarray(model.tensors[name]).astype(np.float32, copy=False)
+        leaves.append(jnp.asarray(tensor.astype(activations) if name in cast else tensor))
         if advance is not None:
             advance(1)
     params = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
