@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 import tiny_generator
@@ -51,6 +52,7 @@ def test_stages_step_by_step_give_the_whole(params, image, orbit, key):
     encode = jax.jit(pipeline.encode_condition, static_argnums=0)
     advance = jax.jit(pipeline.advance, static_argnums=0)
     condition = encode(SETTINGS, params, image[None], condition_key)
+    condition = jax.jit(pipeline.branch, static_argnums=0)(SETTINGS, params, condition)
     trajectory, levels = pipeline.begin(SETTINGS, 1, noise_key)
     for i in range(len(levels) - 1):
         trajectory = advance(SETTINGS, params, condition, trajectory, levels[i : i + 2])
@@ -65,6 +67,44 @@ def test_bfloat16_activations_stay_close_and_return_float32(params, key):
     assert half.dtype == jnp.float32
     difference = jnp.abs(half - decode(SETTINGS, params, latents))
     assert 0 < float(difference.mean()) < 0.03
+
+
+def test_cross_attention_to_one_token_is_computed_once_a_run(key):
+    """No equation of a step has the tokens' 11 channels, nor any inside the scan over steps."""
+    settings = replace(
+        SETTINGS,
+        generator=replace(
+            tiny_generator.CONFIG,
+            vision=replace(tiny_generator.CONFIG.vision, output_dim=11, output="pooled"),
+            unet=replace(tiny_generator.CONFIG.unet, context_dim=11),
+        ),
+    )
+    params = folder.abstract_params(settings.generator)
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    condition = jax.eval_shape(
+        functools.partial(pipeline.encode_condition, settings), params, image, key
+    )
+    assert condition.context.shape == (1, 1, 11)
+    made = jax.eval_shape(functools.partial(pipeline.branch, settings), params, condition)
+    start, levels = pipeline.begin(settings, 1, key)
+
+    def of_tokens(jaxpr):
+        return [
+            equation
+            for equation in jaxprs.equations(jaxpr)
+            if equation.primitive.name == "dot_general"
+            and any(11 in x.aval.shape for x in equation.invars)
+        ]
+
+    step = jax.make_jaxpr(functools.partial(pipeline.advance, settings))
+    alone = step(params, condition, start, levels[:2]).jaxpr
+    assert len(of_tokens(alone)) == 2  # values of both cross-attentions
+    assert of_tokens(step(params, made, start, levels[:2]).jaxpr) == []
+    whole = jax.make_jaxpr(functools.partial(pipeline.sample_latents, settings))
+    whole = whole(params, condition, key).jaxpr
+    (scan,) = [x for x in jaxprs.equations(whole) if x.primitive.name == "scan"]
+    assert of_tokens(scan.params["jaxpr"].jaxpr) == []
+    assert len(of_tokens(whole)) == 2
 
 
 def test_weights_held_in_bfloat16_give_the_same_bits(params, image, key, tmp_path):

@@ -185,6 +185,20 @@ def vector(settings: Settings, clips: int) -> Float[Array, "{clips} t a"]:
     return conditioner.vector(settings.generator.conditioner, values)
 
 
+def branch(settings: Settings, params: Any, condition: Condition) -> guidance.Branches:
+    """The branches of guidance, with all that is the same at every step already computed.
+
+    A context of one token decides cross-attention alone (`VideoUNet.answers`). `advance` does this
+    itself if it is given a condition: a caller of single steps saves it by doing it once.
+    """
+    made = guidance.branches(condition, frame_scale(settings))
+    tokens = made.condition.context
+    if tokens.shape[1] != 1:
+        return made
+    answers = networks(settings, params).unet.answers(tokens[:, None])
+    return guidance.Branches(made.condition._replace(context=answers))
+
+
 def begin(
     settings: Settings, clips: int, key: Key[Array, ""]
 ) -> tuple[sampler.Trajectory, Float[Array, " n"]]:
@@ -197,13 +211,18 @@ def begin(
 def advance(
     settings: Settings,
     params: Any,
-    condition: Condition,
+    condition: Condition | guidance.Branches,
     trajectory: sampler.Trajectory,
     levels: Float[Array, " n"],
 ) -> sampler.Trajectory:
     """Runs the sampler over some of the noise levels, so that a caller can report in between."""
-    denoise = guidance.guided_denoiser(
-        networks(settings, params).unet, condition, frame_scale(settings)
+    if isinstance(condition, Condition):
+        condition = branch(settings, params, condition)
+    denoise = guidance.denoiser(
+        networks(settings, params).unet,
+        condition,
+        frame_scale(settings),
+        interval=settings.sampling.guidance_interval,
     )
     return sampler.advance(settings.sampling, denoise, trajectory, levels)
 

@@ -6,6 +6,7 @@ mesh.glb (docs/method.md). Without a picture the packaged example is used.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -179,7 +180,12 @@ def generate(
     return (frames * 255.0 + 0.5).astype(np.uint8)
 
 
-_encode = jax.jit(pipeline.encode_condition, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
+    condition = pipeline.encode_condition(settings, params, *given)
+    return pipeline.branch(settings, params, condition)
+
+
 _advance = jax.jit(pipeline.advance, static_argnums=0)
 _decode = jax.jit(pipeline.decode, static_argnums=0)
 

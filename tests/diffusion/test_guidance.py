@@ -75,3 +75,37 @@ def test_scale_zero_ignores_the_picture_and_keeps_the_vector(key):
     same_vector = other._replace(vector=condition.vector)
     np.testing.assert_allclose(denoise(condition), denoise(same_vector), rtol=1e-5, atol=1e-5)
     assert float(jnp.abs(denoise(condition) - denoise(other)).max()) > 0.1
+
+
+def test_branches_in_turn_equal_both_at_once(key):
+    condition, x = make_condition(key), jax.random.normal(key, (2, 5, 4, 4, 3))
+    scale = guidance.frame_scale("linear", 1.5, 3.0, 5)
+    made = guidance.branches(condition, scale)
+    seen = []
+
+    def network(x, c_noise, context, vector):
+        seen.append(x.shape[0])
+        return linear_network(x, c_noise, context, vector)
+
+    both, turns = (
+        guidance.denoiser(network, made, scale, in_turn=in_turn)(x, jnp.asarray(2.5))
+        for in_turn in (False, True)
+    )
+    assert seen == [4, 2]
+    np.testing.assert_allclose(turns, both, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "guided"), [(0.5, False), (0.51, True), (3.0, True), (3.01, False)]
+)
+def test_guidance_is_limited_to_an_interval_of_noise_levels(key, sigma, guided):
+    condition, x = make_condition(key), jax.random.normal(key, (2, 5, 4, 4, 3))
+    scale = guidance.frame_scale("linear", 1.5, 3.0, 5)
+    made = guidance.branches(condition, scale)
+    limited = guidance.denoiser(linear_network, made, scale, interval=(0.5, 3.0))
+    sigma = jnp.asarray(sigma, jnp.float32)
+    alone = guidance.guided_denoiser(linear_network, condition, np.ones(5, np.float32))
+    everywhere = guidance.denoiser(linear_network, made, scale)
+    same, other = (everywhere, alone) if guided else (alone, everywhere)
+    np.testing.assert_allclose(limited(x, sigma), same(x, sigma), atol=1e-5)
+    assert float(jnp.abs(limited(x, sigma) - other(x, sigma)).max()) > 0.1

@@ -160,6 +160,22 @@ def test_shared_conditioning_is_the_same_as_repeated(small):
     np.testing.assert_allclose(shared, repeated, atol=2e-5)
 
 
+def test_answers_of_one_token_stand_for_it(small):
+    """Of a token a frame and of one shared by the clip, to the bit."""
+    run, params = small
+    graphdef, _ = nnx.split(abstract(SMALL))
+    answer = fixtures.jit(lambda p, c: nnx.merge(graphdef, p).answers(c))
+    x, noise, tokens, vector = inputs()
+    for context in (tokens[:, :, :1], tokens[:, :1, :1]):
+        answers = answer(params, context)
+        assert [one is not None for one in answers] == [False, True, False, False, False]
+        assert answers[1].spatial.value.shape == (2, context.shape[1], 1, 32)
+        assert answers[1].temporal.value.shape == (2, 1, 1, 32)
+        hoisted = run(params, x, noise, answers, vector)
+        np.testing.assert_allclose(hoisted, run(params, x, noise, context, vector), atol=1e-6)
+    assert np.abs(hoisted - run(params, x, noise, answer(params, -context), vector)).max() > 1e-2
+
+
 def compile_gradient(config, params, args, dtype=jnp.float32):
     """Loss and gradient of a network, compiled."""
     net = nnx.eval_shape(lambda: unet.VideoUNet(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -2,12 +2,14 @@
 
 The network behind these functions is called as `network(x, c_noise, context, vector)`: `x`
 [b, t, h, w, 2c] is the scaled noisy latent with the picture's latent behind it, `c_noise` [b, t],
-`context` [b, 1, n, d] the tokens shared by all frames, `vector` [b, t, a].
+`context` [b, 1, n, d] the tokens shared by all frames (or what the network made of them, a tuple
+of arrays), `vector` [b, t, a].
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -19,7 +21,7 @@ ConditionalNetwork = Callable[
     [
         Float[Array, "b t h w c2"],
         Float[Array, "b t"],
-        Float[Array, "b 1 n d"],
+        Float[Array, "b 1 n d"] | tuple[Any, ...],
         Float[Array, "b t a"],
     ],
     Float[Array, "b t h w c"],
@@ -28,9 +30,12 @@ DenoiseFn = Callable[[Float[Array, "b t h w c"], Float[Array, ""]], Float[Array,
 
 
 class Condition(NamedTuple):
-    """Conditioning of a batch of clips: image tokens, the picture's latent, scalars a frame."""
+    """Conditioning of a batch of clips: image tokens, the picture's latent, scalars a frame.
 
-    context: Float[Array, "b n d"]
+    In place of tokens stands whatever else the network takes as its context, as a tuple.
+    """
+
+    context: Float[Array, "b n d"] | tuple[Any, ...]
     latent: Float[Array, "b h w c"]
     vector: Float[Array, "b t a"]
 
@@ -80,38 +85,73 @@ def condition_network(network: ConditionalNetwork, condition: Condition) -> prec
     ) -> Float[Array, "b t h w c"]:
         latent = jnp.broadcast_to(condition.latent[:, None], (*x.shape[:-1], _channels(condition)))
         x = jnp.concatenate([x, latent.astype(x.dtype)], axis=-1)
-        return network(x, c_noise, condition.context[:, None], condition.vector)
+        context = condition.context
+        context = context if isinstance(context, tuple) else context[:, None]
+        return network(x, c_noise, context, condition.vector)
 
     return conditioned
 
 
-def guided_denoiser(
-    network: ConditionalNetwork,
-    condition: Condition,
-    scale: Float[np.ndarray, " t"],
-) -> DenoiseFn:
-    """The denoiser a sampler calls, `(x, sigma) -> denoised`, guided by `scale`.
+class Branches(NamedTuple):
+    """The conditions of all branches of guidance as one batch, unconditional ones first."""
 
-    Both branches run as one batch, unconditional first. `scale` is static: where it is 1 for every
-    frame the unconditional branch cancels and is left out, which halves the cost.
-    """
+    condition: Condition
+
+
+def branches(condition: Condition, scale: Float[np.ndarray, " t"]) -> Branches:
+    """Both branches; one where `scale` is 1 for every frame, as the unconditional one cancels."""
     if np.all(scale == 1.0):
-        conditioned = condition_network(network, condition)
-        return lambda x, sigma: precondition.denoise(conditioned, x, sigma)
+        return Branches(condition)
+    pairs = zip(unconditional(condition), condition, strict=True)
+    return Branches(Condition(*(jnp.concatenate(pair) for pair in pairs)))
 
-    pair = Condition(
-        *(
-            jnp.concatenate(branches)
-            for branches in zip(unconditional(condition), condition, strict=True)
-        )
-    )
-    both = condition_network(network, pair)
 
-    def denoise(x: Float[Array, "b t h w c"], sigma: Float[Array, ""]) -> Float[Array, "b t h w c"]:
-        denoised = precondition.denoise(both, jnp.concatenate([x, x]), sigma)
-        return guide(*jnp.split(denoised, 2), scale)
+def denoiser(
+    network: ConditionalNetwork,
+    branches: Branches,
+    scale: Float[np.ndarray, " t"],
+    *,
+    interval: tuple[float, float] | None = None,
+    in_turn: bool = False,
+) -> DenoiseFn:
+    """The denoiser a sampler calls, `(x, sigma) -> denoised`, guided by `scale`, which is static.
 
-    return denoise
+    Both branches run as one batch, or `in_turn` one after the other, in less memory. Beyond noise
+    levels of `interval` (above the first, up to the second; arXiv 2404.07724) the conditional
+    branch runs alone, for half the cost.
+    """
+
+    def evaluate(
+        x: Float[Array, "b t h w c"], sigma: Float[Array, ""], condition: Condition
+    ) -> Float[Array, "b t h w c"]:
+        return precondition.denoise(condition_network(network, condition), x, sigma)
+
+    if np.all(scale == 1.0):
+        return lambda x, sigma: evaluate(x, sigma, branches.condition)
+    halves = jax.tree.map(lambda y: y.reshape(2, -1, *y.shape[1:]), branches.condition)
+
+    def guided(x: Float[Array, "b t h w c"], sigma: Float[Array, ""]) -> Float[Array, "b t h w c"]:
+        if in_turn:
+            both = jax.lax.map(lambda half: evaluate(x, sigma, half), halves)
+        else:
+            both = jnp.split(evaluate(jnp.concatenate([x, x]), sigma, branches.condition), 2)
+        return guide(both[0], both[1], scale)
+
+    if interval is None:
+        return guided
+    low, high = interval
+
+    def alone(x: Float[Array, "b t h w c"], sigma: Float[Array, ""]) -> Float[Array, "b t h w c"]:
+        return evaluate(x, sigma, jax.tree.map(lambda y: y[1], halves))
+
+    return lambda x, sigma: jax.lax.cond((sigma > low) & (sigma <= high), guided, alone, x, sigma)
+
+
+def guided_denoiser(
+    network: ConditionalNetwork, condition: Condition, scale: Float[np.ndarray, " t"]
+) -> DenoiseFn:
+    """`denoiser` of a condition whose branches are yet to be made."""
+    return denoiser(network, branches(condition, scale), scale)
 
 
 def _channels(condition: Condition) -> int:

@@ -29,6 +29,8 @@ class SamplingConfig:
     guidance_min: float = 3.5
     guidance_max: float = 3.5
     guidance_shape: guidance.Shape = "linear"
+    # Noise levels, above the first and up to the second, at which there is guidance; None is all.
+    guidance_interval: tuple[float, float] | None = None
 
 
 class Trajectory(NamedTuple):

@@ -5,7 +5,7 @@ that are images rather than parts of a clip; they keep the spatial result. Sourc
 Diffusion (arXiv 2311.15127), whose networks V3D keeps.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,22 @@ from jaxtyping import Array, Bool, Float
 
 from v3d_jax.nn import layers
 from v3d_jax.ops import attention
+
+
+class Answer(NamedTuple):
+    """The result of cross-attention to a context of one token, for all queries of a frame or clip.
+
+    The softmax over one key is 1: only the context decides, so one computation serves all steps.
+    """
+
+    value: Float[Array, "b u 1 c"]
+
+
+class Answers(NamedTuple):
+    """Those of one transformer: per frame, and across frames."""
+
+    spatial: Answer
+    temporal: Answer
 
 
 class Blend(nnx.Module):
@@ -167,7 +183,7 @@ class SpatialBlock(nnx.Module):
         self.ff = layers.FeedForward(channels, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t s c"], context: Float[Array, "b #t n d"]
+        self, x: Float[Array, "b t s c"], context: Float[Array, "b #t n d"] | Answer
     ) -> Float[Array, "b t s c"]:
         """`context` is per frame, or one for the clip."""
         b, t, s, c = x.shape
@@ -207,7 +223,7 @@ class TemporalBlock(nnx.Module):
         self.ff = layers.FeedForward(channels, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t s c"], context: Float[Array, "b 1 n d"]
+        self, x: Float[Array, "b t s c"], context: Float[Array, "b 1 n d"] | Answer
     ) -> Float[Array, "b t s c"]:
         """`context` is one for the clip."""
         x = x + self.ff_in(self.norm_in(x))
@@ -220,13 +236,15 @@ def attend_context(
     attn: layers.Attention,
     norm: layers.LayerNorm,
     x: Float[Array, "b t s c"],
-    context: Float[Array, "b u n d"],
+    context: Float[Array, "b u n d"] | Answer,
 ) -> Float[Array, "b #t #s c"]:
     """Cross-attention of every token to its frame's context, or to the clip's where u is 1.
 
     Each query stands alone, so a context shared by the clip takes the tokens of all its frames as
     one sequence and is never repeated. A single token gives all queries one answer, [b, u, 1, c].
     """
+    if isinstance(context, Answer):
+        return context.value
     b, t, s, c = x.shape
     u, n = context.shape[1:3]
     if n == 1:
@@ -265,17 +283,25 @@ class SpatialVideoTransformer(nnx.Module):
         self.mix = Blend(0.5)
         self.proj_out = layers.linear(channels, channels, zero=True, dtype=dtype, rngs=rngs)
 
+    def answers(self, context: Float[Array, "b #t 1 d"]) -> Answers:
+        """What stands for a context of one token in `__call__`."""
+        return Answers(
+            Answer(self.spatial.attn2.one_key(context)),
+            Answer(self.temporal.attn2.one_key(context[:, :1])),
+        )
+
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        context: Float[Array, "b #t n d"],
+        context: Float[Array, "b #t n d"] | Answers,
         image_only: Bool[Array, "b t"] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """Frames attend to their own context, the clip to that of frame 0."""
         b, t, h, w, c = x.shape
+        own, shared = context if isinstance(context, Answers) else (context, context[:, :1])
         tokens = self.proj_in(self.norm(x)).reshape(b, t, h * w, c)
-        spatial = self.spatial(tokens, context)
+        spatial = self.spatial(tokens, own)
         index = self.frame_embed(layers.sinusoid(jnp.arange(t, dtype=jnp.float32), c))
-        temporal = self.temporal(spatial + index[None, :, None, :], context[:, :1])
+        temporal = self.temporal(spatial + index[None, :, None, :], shared)
         blended = self.mix(spatial.reshape(x.shape), temporal.reshape(x.shape), image_only)
         return x + self.proj_out(blended)

@@ -5,6 +5,8 @@ are numbered from full resolution down. Source: arXiv 2311.15127, appendix D; V3
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,6 +56,10 @@ class UNetConfig:
         return 2**level in self.attention_resolutions
 
 
+# Of every block in the order they run; None where there is no transformer.
+Answers = tuple[spatiotemporal.Answers | None, ...]
+
+
 class Block(nnx.Module):
     """A residual block and, on some levels, a transformer."""
 
@@ -93,7 +99,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b t h w i"],
         emb: Float[Array, "b t e"],
-        context: Float[Array, "b #t n d"],
+        context: Float[Array, "b #t n d"] | spatiotemporal.Answers | None,
         image_only: Bool[Array, "b t"] | None,
     ) -> Float[Array, "b t h w o"]:
         """`emb` is one embedding a frame, `context` one set of tokens a frame or a clip."""
@@ -172,11 +178,26 @@ class VideoUNet(nnx.Module):
         self.norm_out = layers.GroupNorm(channels, eps=1e-5, groups=config.groups)
         self.conv_out = layers.conv(channels, config.out_channels, zero=True, **settings)
 
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in the order they run."""
+        for level in self.down:
+            yield from level.blocks
+        yield from (self.mid1, self.mid2)
+        for level in reversed(self.up):
+            yield from level.blocks
+
+    def answers(self, context: Float[Array, "b #t 1 d"]) -> Answers:
+        """All of the network that a context of one token takes part in, once for all steps."""
+        context = context.astype(self.dtype)
+        return tuple(
+            None if block.attn is None else block.attn.answers(context) for block in self.blocks()
+        )
+
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
         noise: Float[Array, "b t"],
-        context: Float[Array, "b #t n d"],
+        context: Float[Array, "b #t n d"] | Answers,
         vector: Float[Array, "b #t a"],
         image_only: Bool[Array, "b t"] | None = None,
     ) -> Float[Array, "b t h w o"]:
@@ -184,26 +205,32 @@ class VideoUNet(nnx.Module):
 
         `x` is the scaled noisy latents and the conditioning latents, concatenated in this order;
         `noise` is c_noise; a frame axis of 1 in `context` and `vector` shares them in the clip.
+        `context` may be what `answers` made of it.
         Returns the dtype of `x`.
         """
         factor = 2 ** (len(self.down) - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(f"UNet: latents of {x.shape[2:4]} do not divide by {factor}")
         emb = self.time_embed(layers.sinusoid(noise, self.config.model_channels))
-        args = (emb + self.label_embed(vector), context.astype(self.dtype), image_only)
+        emb = emb + self.label_embed(vector)
+        if not isinstance(context, tuple):
+            context = itertools.repeat(context.astype(self.dtype))
+        contexts = iter(context)
         h = self.conv_in(x)
         skips = [h]
         for level in self.down:
             for block in level.blocks:
-                h = block(h, *args)
+                h = block(h, emb, next(contexts), image_only)
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h)
                 skips.append(h)
-        h = self.mid2(self.mid1(h, *args), *args)
+        for block in (self.mid1, self.mid2):
+            h = block(h, emb, next(contexts), image_only)
         for level in reversed(self.up):
             for block in level.blocks:
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), *args)
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(h, emb, next(contexts), image_only)
             if level.resample is not None:
                 h = level.resample(layers.upsample(h))
         return self.conv_out(self.norm_out(h, silu=True)).astype(x.dtype)
