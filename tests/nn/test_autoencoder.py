@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from v3d_jax.nn import autoencoder
+from v3d_jax.nn import autoencoder, chunked_decoder
 from v3d_jax.weights import sgm
 
 CONFIG = fixtures.AUTOENCODER
@@ -107,6 +107,40 @@ def test_frames_alone_are_clips_of_one_frame():
         expected = decode(net, latents[:, frame : frame + 1])[:, 0]
         np.testing.assert_allclose(frames[:, frame], expected, atol=1e-5)
     assert float(jnp.abs(frames - decode(net, latents)).max()) > 1e-3
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_a_decoder_in_chunks_gives_the_whole_clips_frames(frames):
+    """Unlike chunks of the clip, which lack their neighbours and the clip's statistics."""
+    config = dataclasses.replace(CONFIG, channel_mult=(1, 2))
+    net = filled(config)
+    latents = jnp.asarray(fixtures.draw(5, (2, 6, 4, 4, 4)))
+    whole = fixtures.jit(lambda n, z: n.decode(z))(net, latents)
+    chunked = fixtures.jit(lambda n, z: chunked_decoder.decode(n.decoder, z, frames))
+    np.testing.assert_allclose(chunked(net, latents), whole, atol=1e-5)
+    alone = fixtures.jit(lambda n, z: n.decode(z))(net, latents[:, :frames])
+    assert float(jnp.abs(alone - whole[:, :frames]).max()) > 1e-2
+
+
+def test_a_decoder_in_chunks_takes_less_memory():
+    config = dataclasses.replace(CONFIG, channel_mult=(1, 2))
+    net = nnx.eval_shape(
+        lambda: autoencoder.Autoencoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    latents = jax.ShapeDtypeStruct((1, 18, 32, 32, 4), jnp.bfloat16)
+
+    def temporary(decode):
+        return jax.jit(decode).lower(net, latents).compile().memory_analysis().temp_size_in_bytes
+
+    chunked = temporary(lambda n, z: chunked_decoder.decode(n.decoder, z, 2))
+    activation = 2 * 18 * 64 * 64 * 32
+    assert chunked < 0.4 * temporary(lambda n, z: n.decode(z))
+    assert chunked < 7 * activation
+
+
+def test_chunks_must_divide_the_clip():
+    with pytest.raises(ValueError, match="6 frames do not divide into chunks of 4"):
+        chunked_decoder.decode(filled().decoder, jnp.zeros((1, 6, 4, 4, 4)), 4)
 
 
 def test_encode_splits_and_clamps_the_moments():

@@ -46,10 +46,17 @@ def _group_norm(
     silu: bool,
 ) -> tuple[Clips, Any]:
     mean, inverse = group_statistics(x, groups, eps, over_frames)
+    return apply_statistics(x, scale, bias, mean, inverse, silu), (x, scale, bias, mean, inverse)
+
+
+def apply_statistics(
+    x: Clips, scale: Channels, bias: Channels, mean: Stats, inverse: Stats, silu: bool
+) -> Clips:
+    """Normalises by given statistics, which may be those of more frames than `x` has."""
     gain = inverse * _last(scale)
     y = x.astype(jnp.float32) * gain + (_last(bias) - mean * gain)
     y = jax.nn.silu(y) if silu else y
-    return y.astype(x.dtype), (x, scale, bias, mean, inverse)
+    return y.astype(x.dtype)
 
 
 def group_statistics(x: Clips, groups: int, eps: float, over_frames: bool) -> tuple[Stats, Stats]:
