@@ -11,6 +11,7 @@ from PIL import Image
 
 from v3d_jax import errors, pipeline
 from v3d_jax.data import preprocess
+from v3d_jax.diffusion import guidance
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn import conditioner, generator
 from v3d_jax.weights import folder
@@ -144,6 +145,36 @@ def test_a_notebook_is_told_what_cannot_be_used(params, image, key):
     wide = replace(SETTINGS, generator=replace(tiny_generator.CONFIG, image_size=(16, 32)))
     with pytest.raises(errors.UserError, match="32 x 16 frames"):
         pipeline.generate_orbit(model._replace(settings=wide), "toy.png", key)
+
+
+def test_low_memory_gives_the_same_frames(params, image, orbit, key):
+    low = replace(SETTINGS, low_memory=True)
+    frames = orbit(low, params, image, key)
+    np.testing.assert_allclose(frames, orbit(SETTINGS, params, image, key), atol=1e-5)
+
+
+def test_low_memory_takes_less_in_a_step_and_in_decoding(params, key):
+    """A step has half the batch. Of so small a decoder a few activations are most."""
+    twelve = replace(SETTINGS, generator=replace(tiny_generator.CONFIG, num_frames=12))
+    low = replace(twelve, low_memory=True)
+    start, levels = pipeline.begin(twelve, 1, key)
+    condition = guidance.Condition(
+        jnp.zeros((1, 1, 8)), jnp.zeros((1, 8, 8, 4)), pipeline.vector(twelve, 1)
+    )
+
+    def temporary(stage, settings, *arguments):
+        lowered = jax.jit(stage, static_argnums=0).lower(settings, params, *arguments)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    step = (condition, start, levels[:2])
+    cases = ((pipeline.advance, step, 0.65), (pipeline.decode, (start.x,), 0.8))
+    for stage, given, share in cases:
+        assert temporary(stage, low, *given) < share * temporary(stage, twelve, *given)
+
+
+def test_low_memory_is_for_one_device():
+    with pytest.raises(ValueError, match="one device"):
+        replace(SETTINGS, low_memory=True, devices=2)
 
 
 def test_scale_one_costs_half(params, image, key):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 
 from v3d_jax import console, errors, pipeline, sample, splatting, surfacing
 from v3d_jax.data import preprocess
+from v3d_jax.diffusion import sampler
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.splat import gaussians
 from v3d_jax.weights import folder
@@ -160,6 +162,38 @@ def test_settings_of_the_command_line_replace_the_models(model):
     assert changed.sigma_max == loaded.sampling.sigma_max
 
 
+def test_the_fast_preset_and_what_replaces_parts_of_it(model):
+    loaded = folder.load(model)
+    slow = loaded._replace(sampling=SamplingConfig(guidance_max=4.0))
+    made = sample.configure(arguments(model, preset="fast"), slow).sampling
+    assert (made.steps, made.sampler, made.schedule) == (10, "dpmpp_2m", "ays")
+    levels = sampler.sigmas(made)[:-1]
+    low, high = made.guidance_interval
+    assert int(((levels > low) & (levels <= high)).sum()) == 7
+    assert made.guidance_max == 4.0
+    made = sample.configure(arguments(model, preset="fast", steps=8), slow).sampling
+    assert (made.steps, made.schedule) == (8, "ays")
+    with pytest.raises(errors.UserError, match="samples in 2 steps already"):
+        sample.configure(arguments(model, preset="fast"), loaded)
+
+
+def test_low_memory_and_devices_reach_the_pipeline(model):
+    loaded = folder.load(model)
+    for changes in ({"low_memory": True}, {"devices": 2}):
+        made = sample.configure(arguments(model, **changes), loaded)
+        assert made == dataclasses.replace(sample.configure(arguments(model), loaded), **changes)
+
+
+@pytest.mark.slow
+def test_low_memory_and_devices_give_the_same_pictures(tmp_path, model, picture):
+    (plain,) = sample.run(arguments(model, picture, out=tmp_path / "plain"))
+    for name, changes in (("low", {"low_memory": True}), ("two", {"devices": 2})):
+        (made,) = sample.run(arguments(model, picture, out=tmp_path / name, **changes))
+        assert np.abs(frames(made).astype(int) - frames(plain)).max() <= 1
+        report = json.loads((made / "report.json").read_text())
+        assert {key: report[key] for key in changes} == changes
+
+
 def test_what_a_user_can_get_wrong_is_one_line(tmp_path, model, picture, monkeypatch, capsys):
     def line(*arguments):
         return fails(monkeypatch, capsys, *arguments, "--out", tmp_path / "out", "--no-cache")
@@ -185,6 +219,11 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path, model, picture, monkeyp
     assert "--gaussians 3" in with_model("--gaussians", "3")
     assert "--degree 4" in with_model("--degree", "4")
     assert "--steps 0" in with_model("--steps", "0")
+    assert "--devices 0" in with_model("--devices", "0")
+    assert "9 devices are asked for, 8 are here" in with_model("--devices", "9")
+    assert "choose one of 1, 2, 3, 6" in with_model("--devices", "4")
+    assert "leave it or --devices out" in with_model("--devices", "2", "--low-memory")
+    assert "in 2 steps already" in with_model("--preset", "fast")
     assert "--border" in with_model("--border", "1.5")
     assert "--seed" in with_model("--seed", "-1")
     assert "--guidance" in with_model("--guidance", "1", "inf")

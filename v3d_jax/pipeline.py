@@ -31,9 +31,10 @@ from v3d_jax import console, errors
 from v3d_jax.data import preprocess
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion.guidance import Condition
-from v3d_jax.nn import conditioner, generator, lpips
+from v3d_jax.nn import chunked_decoder, conditioner, generator, lpips
 from v3d_jax.ops import camera
 from v3d_jax.ops import image as images
+from v3d_jax.parallel import sampling as parallel
 from v3d_jax.splat import cloud, fit, objective, rasterize, silhouette, start
 from v3d_jax.splat.carve import CarveConfig
 from v3d_jax.splat.fit import FitConfig
@@ -70,7 +71,9 @@ class Settings:
 
     `activations` is the networks' type; "auto" is float32 on a CPU and bfloat16 elsewhere.
     `decode_frames` > 0 decodes so many frames at a time, which takes less memory and changes the
-    result, because the decoder then does not see beyond its chunk.
+    result, because the decoder then does not see beyond its chunk. `low_memory` does not change it:
+    guidance's branches run in turn and the decoder in chunks within each layer. `devices` > 1
+    splits branches and frames over so many.
     """
 
     generator: generator.GeneratorConfig
@@ -78,7 +81,13 @@ class Settings:
     conditioning: ConditioningConfig = ConditioningConfig()
     activations: Literal["auto", "float32", "bfloat16"] = "auto"
     decode_frames: int = 0
+    low_memory: bool = False
+    devices: int = 1
     splats: SplatConfig = field(default_factory=SplatConfig)
+
+    def __post_init__(self):
+        if self.low_memory and self.devices > 1:
+            raise ValueError("low_memory is for one device: several share the memory already")
 
     @property
     def dtype(self) -> Any:
@@ -109,8 +118,17 @@ def read_params(settings: Settings, unread: folder.Unread, advance: Any = None) 
 
     `advance` is told 1 for every tensor.
     """
-    read = folder.read(unread, advance, settings.dtype)
-    return jax.device_put(nnx.to_pure_dict(read.params))
+    params = nnx.to_pure_dict(folder.read(unread, advance, settings.dtype).params)
+    mesh = device_mesh(settings)
+    return jax.device_put(params) if mesh is None else parallel.repeat(params, mesh)
+
+
+def device_mesh(settings: Settings) -> jax.sharding.Mesh | None:
+    """The devices of a run if there are several; `UserError` if they cannot be used."""
+    if settings.devices == 1:
+        return None
+    branches = 1 if np.all(frame_scale(settings) == 1.0) else 2
+    return parallel.mesh(settings.devices, branches, settings.generator.num_frames)
 
 
 def generate_orbit(
@@ -218,11 +236,13 @@ def advance(
     """Runs the sampler over some of the noise levels, so that a caller can report in between."""
     if isinstance(condition, Condition):
         condition = branch(settings, params, condition)
+    network, mesh = networks(settings, params).unet, device_mesh(settings)
     denoise = guidance.denoiser(
-        networks(settings, params).unet,
+        network if mesh is None else parallel.split_network(network, mesh),
         condition,
         frame_scale(settings),
         interval=settings.sampling.guidance_interval,
+        in_turn=settings.low_memory,
     )
     return sampler.advance(settings.sampling, denoise, trajectory, levels)
 
@@ -252,9 +272,20 @@ def decode(
     """Frames in [0, 1], decoded all together or in chunks of `decode_frames`."""
     autoencoder = networks(settings, params).autoencoder
     latents = latents / settings.generator.autoencoder.scale_factor
+    mesh = device_mesh(settings)
+    if mesh is not None:
+        latents = parallel.split_frames(latents, mesh)
     count = latents.shape[1]
     chunk = settings.decode_frames or count
-    parts = [autoencoder.decode(latents[:, i : i + chunk]) for i in range(0, count, chunk)]
+    parts = []
+    for i in range(0, count, chunk):
+        part = latents[:, i : i + chunk]
+        if settings.low_memory:
+            frames = 1 + (part.shape[1] % 2 == 0)
+            decoded = chunked_decoder.decode(autoencoder.decoder, part, frames)
+            parts.append(decoded.astype(part.dtype))
+        else:
+            parts.append(autoencoder.decode(part))
     return images.from_network(jnp.concatenate(parts, axis=1))
 
 

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 
 from v3d_jax import console, errors, meshing, pipeline, splatting, surfacing
 from v3d_jax.data import output, preprocess
+from v3d_jax.diffusion import sampler
 from v3d_jax.ops import camera
 from v3d_jax.weights import folder, packaged
 
@@ -37,6 +38,8 @@ class SampleArgs:
     """Folder that receives one folder a picture."""
     model: str = "mini"
     """A packaged model's name, a model folder, or a published checkpoint (docs/weights.md)."""
+    preset: Literal["fast"] | None = None
+    """fast: few steps, less guidance (docs/method.md); the settings below still replace its own."""
     steps: int | None = None
     """Sampling steps, instead of the model's own."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
@@ -62,6 +65,10 @@ class SampleArgs:
     )
     activations: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the networks' activations; auto is float32 on a CPU, else bfloat16."""
+    low_memory: bool = False
+    """Less memory and the same frames, more slowly."""
+    devices: int = 1
+    """Split guidance's branches and the frames over so many devices."""
     cache: bool = True
     """Keep compiled programs in the user's cache folder (~/.cache/v3d_jax)."""
 
@@ -89,6 +96,7 @@ def run(args: SampleArgs) -> list[Path]:
     wanted, seconds = stages(args.stages), dict[str, float]()
     unread = packaged.open_model(args.model)
     settings = configure(args, unread)
+    pipeline.device_mesh(settings)
     height, width = settings.generator.frame_size
     if height != width:
         raise errors.UserError(f"{args.model} makes {width} x {height} frames; orbits are square")
@@ -141,12 +149,25 @@ def stages(text: str) -> list[str]:
 
 def configure(args: SampleArgs, model: folder.Model | folder.Unread) -> pipeline.Settings:
     """The model's own sampling settings with those of the command line put in."""
+    sampling = model.sampling
+    if args.preset == "fast":
+        if sampling.steps <= sampler.fast(sampling).steps:
+            raise errors.UserError(
+                f"--preset fast: {args.model} samples in {sampling.steps} steps already:"
+                " leave the preset out"
+            )
+        sampling = sampler.fast(sampling)
     given = {"steps": args.steps, "sampler": args.sampler, "schedule": args.schedule}
     if args.guidance is not None:
         given["guidance_min"], given["guidance_max"] = args.guidance
     changes = {name: value for name, value in given.items() if value is not None}
-    sampling = dataclasses.replace(model.sampling, **changes)
-    return pipeline.Settings(model.generator, sampling, activations=args.activations)
+    return pipeline.Settings(
+        model.generator,
+        dataclasses.replace(sampling, **changes),
+        activations=args.activations,
+        low_memory=args.low_memory,
+        devices=args.devices,
+    )
 
 
 def generate(
@@ -208,6 +229,8 @@ def describe(
         "conditioning": dataclasses.asdict(settings.conditioning),
         "generator": dataclasses.asdict(settings.generator),
         "activations": settings.dtype.name,
+        "low_memory": settings.low_memory,
+        "devices": settings.devices,
         **console.machine(seconds),
     }
 
@@ -226,6 +249,10 @@ def _check(args: SampleArgs) -> None:
     meshing.check(args.mesh)
     if args.steps is not None and args.steps < 1:
         raise errors.UserError(f"--steps {args.steps}: at least 1 is needed")
+    if args.devices < 1:
+        raise errors.UserError(f"--devices {args.devices}: at least 1 is needed")
+    if args.low_memory and args.devices > 1:
+        raise errors.UserError("--low-memory is for one device: leave it or --devices out")
     if not 0.0 <= args.border < 1.0:
         raise errors.UserError(f"--border {args.border}: a fraction from 0 to below 1 is needed")
     if not 0 <= args.seed < 2**32:

@@ -5,7 +5,7 @@ Each takes a trajectory at noise level `sigmas[0]` to level `sigmas[-1]`, all st
 part of the levels (neighbouring parts share a level), with the same result. State is float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -31,6 +31,17 @@ class SamplingConfig:
     guidance_shape: guidance.Shape = "linear"
     # Noise levels, above the first and up to the second, at which there is guidance; None is all.
     guidance_interval: tuple[float, float] | None = None
+
+
+def fast(config: SamplingConfig) -> SamplingConfig:
+    """Settings for speed: ten steps of Align Your Steps by DPM-Solver++(2M), some of them guided.
+
+    There is no guidance at the first of the ten levels, where it costs variety, nor at the last
+    two, where it changes nothing that is seen (arXiv 2404.07724): as much work as 8.5 guided steps.
+    """
+    return replace(
+        config, steps=10, sampler="dpmpp_2m", schedule="ays", guidance_interval=(0.2, 60.0)
+    )
 
 
 class Trajectory(NamedTuple):
