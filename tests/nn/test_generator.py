@@ -1,6 +1,10 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
+import tiny_generator
+from flax import nnx
 
 from v3d_jax.nn import generator
 
@@ -25,6 +29,22 @@ def test_published_sizes():
 
 def test_mini_fits_the_package():
     assert sum(counts(generator.MINI)) < MINI_LIMIT
+
+
+def test_an_abstract_generator_is_the_constructors():
+    """Although only one of clips of one frame was traced, and in another type."""
+    config = dataclasses.replace(tiny_generator.CONFIG, num_frames=5)
+    built = nnx.eval_shape(
+        lambda: generator.Generator(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    graphdef, state = nnx.split(built)
+    generator.abstract(config)  # float32 ones must not be the same objects
+    made = nnx.split(generator.abstract(config, dtype=jnp.bfloat16))
+    assert made[0] == graphdef
+    assert nnx.split(generator.abstract(config))[0] != graphdef
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), nnx.to_pure_dict(made[1])) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), nnx.to_pure_dict(state)
+    )
 
 
 def test_weights_that_layers_cast_are_kernels_their_biases_and_embeddings():

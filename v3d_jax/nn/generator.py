@@ -4,6 +4,8 @@ The presets are constants: `SVD_XT` and `V3D_512` are the published models, `MIN
 to train on one device and to ship with the package in int8.
 """
 
+import dataclasses
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,8 +110,23 @@ class Generator(nnx.Module):
 
 
 def abstract(config: GeneratorConfig, *, dtype: Any = jnp.float32) -> Generator:
-    """The generator with shapes in place of arrays: no memory, no computation."""
-    return nnx.eval_shape(lambda: Generator(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    """The generator with shapes in place of arrays: no memory, no computation.
+
+    Tracing the constructor takes seconds at the published size, so it is done once for all clips
+    and types of activations, which are put in afterwards.
+    """
+    side = config.autoencoder.factor * 2 ** (len(config.unet.channel_mult) - 1)
+    model = nnx.merge(*_traced(dataclasses.replace(config, num_frames=1, image_size=side)))
+    model.config = config
+    for _, module in nnx.iter_modules(model):
+        if "dtype" in vars(module):
+            module.dtype = dtype
+    return model
+
+
+@functools.lru_cache(maxsize=8)
+def _traced(config: GeneratorConfig) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0))))
 
 
 def cast_weights(names: Collection[str]) -> set[str]:
