@@ -2,17 +2,20 @@
 
     python benchmarks/generator.py
     python benchmarks/generator.py --parts compile step decode run --peers
+    python benchmarks/generator.py --low-memory --peers
     python benchmarks/generator.py --parts compare
-    python benchmarks/generator.py --size tiny --activations float32
+    python benchmarks/generator.py --parts quality --model V3D_512.ckpt
+    python benchmarks/generator.py --size tiny --activations float32 --peers eager
 
 Weights are random, no model is needed. The parts are seconds of compilation, cold and from a
 folder of kept programs (`compile`); one UNet step with guidance (`step`); the decoding of all
-frames at once (`decode`); a picture to frames with 25 Euler steps (`run`): medians after warm-up,
-in the type of `--activations`, with the peers' on the same device in the same process and the
-ratios. The peak of device memory is the process's, JAX's alone: of all parts that were run.
+frames at once (`decode`); a picture to frames with 25 Euler steps (`run`) and with the fast preset
+(`fast`, ours only): medians after warm-up, in the type of `--activations`, with the peers' on the
+same device in the same process and the ratios. The peak of device memory is JAX's, before `fast`.
 
 `compare` gives both sides the same weights and holds outputs to each other: every network in
 float32 and in bfloat16 against the peer's float32 ones, and the frames of a whole sample.
+`quality` needs a trained model: what faster settings cost against 50 steps from the same noise.
 """
 
 import dataclasses
@@ -21,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,20 +42,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import published_files
 
 from v3d_jax import pipeline
-from v3d_jax.diffusion.sampler import SamplingConfig
+from v3d_jax.diffusion import sampler
 from v3d_jax.nn import generator
+from v3d_jax.parallel import sampling as parallel
 from v3d_jax.weights import folder
 
-Part = Literal["compile", "step", "decode", "run", "compare"]
+Part = Literal["compile", "step", "decode", "run", "fast", "compare", "quality"]
 SIZES = {"v3d_512": generator.V3D_512, "tiny": published_files.REDUCED}
 ROWS = {"step": "UNet step with guidance", "decode": "decode, all frames", "run": "25 steps"}
+TIMED = (*ROWS, "compile", "fast")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """What to measure."""
 
-    parts: tuple[Part, ...] = ("compile", "step", "decode", "run")
+    parts: tuple[Part, ...] = ("compile", "step", "decode", "run", "fast")
     """Which figures, in this order."""
     peers: tuple[Literal["eager", "compile"], ...] = ("eager", "compile")
     """How the peers' networks run; none are timed if this is empty."""
@@ -62,6 +67,14 @@ class Args:
     """Type of both sides' networks."""
     repeats: int = 5
     """Measurements of a median."""
+    low_memory: bool = False
+    """Run ours as `--low-memory` of the command line does."""
+    devices: int = 1
+    """Split ours over so many devices."""
+    model: str | None = None
+    """A model to judge `quality` on; speed is measured with random weights."""
+    picture: Path | None = None
+    """What the model of `quality` is given, instead of the packaged example."""
     cache: Path | None = None
     """Folder of kept programs, when cold compilation is not measured."""
 
@@ -152,6 +165,11 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(taken)
 
 
+def repeats(args: Args, part: str) -> int:
+    """Measurements of a part: fewer of a whole run, which is long."""
+    return min(3, args.repeats) if part == "run" else args.repeats
+
+
 def table(head: list[str], rows: list[list[Any]]) -> None:
     """Prints rows under their heads."""
     for row in (head, ["---"] * len(head), *rows):
@@ -175,8 +193,8 @@ def show_compilation(ours: Ours, args: Args) -> None:
     table([*head, "temporary GiB", "arguments GiB"], [*rows, ["all", *total, "", ""]])
 
 
-def peer_times(args: Args, ours: Ours) -> dict[str, dict[str, float]]:
-    """Seconds of every part by the peers' mode."""
+def peer_times(args: Args, ours: Ours) -> Iterator[tuple[str, dict[str, float]]]:
+    """Seconds of every part, a mode of the peers after another."""
     import generator_peer
     import torch
 
@@ -200,24 +218,24 @@ def peer_times(args: Args, ours: Ours) -> dict[str, dict[str, float]]:
         "run": run,
     }
     calls = {name: generator_peer.wait(call) for name, call in calls.items() if name in args.parts}
+    # The loop is left out: it is the step many times.
+    tried = [call for name, call in calls.items() if name != "run"] or list(calls.values())
     laid_out = {}
     for channels_last in (False, True):
         peer.set_layout(channels_last)
-        laid_out[channels_last] = {name: seconds(call, 2) for name, call in calls.items()}
-    better = min(laid_out, key=lambda kind: sum(laid_out[kind].values()))
+        laid_out[channels_last] = sum(seconds(call, 2) for call in tried)
+    better = laid_out[True] < laid_out[False]
     print(f"peers: channels {'last' if better else 'first'} is the faster layout", flush=True)
     peer.set_layout(better)
-    found = {}
     for mode in args.peers:
         if mode == "compile":
             peer.compile()
             begun = time.perf_counter()
-            for call in calls.values():
+            for call in tried:
                 call()
             spent = time.perf_counter() - begun
             print(f"peers: {spent:.1f} s for the first calls of torch.compile", flush=True)
-        found[mode] = {name: seconds(call, args.repeats) for name, call in calls.items()}
-    return found
+        yield mode, {name: seconds(call, repeats(args, name)) for name, call in calls.items()}
 
 
 def scalar_values(settings: pipeline.Settings) -> tuple[float, ...]:
@@ -239,21 +257,35 @@ def inputs(settings: pipeline.Settings, image: Any) -> tuple[Any, Any, Any]:
 
 
 def show_times(args: Args, ours: Ours) -> None:
-    """Prints a row for every part that was asked for."""
+    """Prints ours, then every mode of the peers beside it as soon as it is known."""
     ours.prepare()
     calls = {"step": ours.step, "decode": ours.decoded, "run": ours.run}
-    asked = [name for name in calls if name in args.parts]
-    taken = {name: seconds(calls[name], args.repeats) for name in asked}
+    taken = {
+        name: seconds(call, repeats(args, name))
+        for name, call in calls.items()
+        if name in args.parts
+    }
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    peers = peer_times(args, ours) if args.peers and asked else {}
-    rows = []
-    for name in asked:
-        theirs = [peers[mode][name] for mode in peers]
-        cells = [f"{1e3 * x:.1f}" for x in (taken[name], *theirs)]
-        rows.append([ROWS[name], *cells, *(f"{taken[name] / x:.2f}" for x in theirs)])
-    heads = [f"{mode} ms" for mode in peers] + [f"ours / {mode}" for mode in peers]
-    table(["part", "ours ms", *heads], rows)
+    rows = [[ROWS[name], f"{1e3 * spent:.1f}"] for name, spent in taken.items()]
+    if "fast" in args.parts:
+        rows.append(["fast preset", f"{1e3 * fast_seconds(args, ours):.1f}"])
+    table(["part", "ours ms"], rows)
     print(f"peak device memory: {'not told' if peak is None else f'{peak / 2**30:.2f} GiB'}")
+    for mode, theirs in peer_times(args, ours) if args.peers and taken else ():
+        rows = [
+            [ROWS[name], *(f"{1e3 * x:.1f}" for x in (taken[name], x)), f"{taken[name] / x:.2f}"]
+            for name, x in theirs.items()
+        ]
+        table(["part", "ours ms", f"{mode} ms", f"ours / {mode}"], rows)
+
+
+def fast_seconds(args: Args, ours: Ours) -> float:
+    """Of a picture to frames with the fast preset, whose step is another program."""
+    sampling = sampler.fast(ours.settings.sampling)
+    fast = Ours(dataclasses.replace(ours.settings, sampling=sampling), ours.params, ours.image)
+    print(f"fast: {fast.compile()['advance'][0]:.1f} s to compile its step", flush=True)
+    fast.prepare()
+    return seconds(fast.run, args.repeats)
 
 
 def main(args: Args) -> None:
@@ -266,11 +298,21 @@ def main(args: Args) -> None:
     jax.config.update("jax_compilation_cache_dir", kept)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    settings = pipeline.Settings(config, SamplingConfig(), activations=args.activations)
+    settings = pipeline.Settings(
+        config,
+        sampler.SamplingConfig(),
+        activations=args.activations,
+        low_memory=args.low_memory,
+        devices=args.devices,
+    )
     height, width = config.frame_size
     image = jax.random.uniform(jax.random.key(1), (1, height, width, 3))
-    if set(args.parts) - {"compare"}:
-        ours = Ours(settings, random_params(config, settings.dtype), image)
+    if "quality" in args.parts and args.model is None:
+        raise SystemExit("--parts quality needs --model")
+    if set(args.parts) & set(TIMED):
+        params, mesh = random_params(config, settings.dtype), pipeline.device_mesh(settings)
+        params = params if mesh is None else parallel.repeat(params, mesh)
+        ours = Ours(settings, params, image)
         show_compilation(ours, args)
         show_times(args, ours)
         del ours
@@ -278,6 +320,10 @@ def main(args: Args) -> None:
         import generator_compare
 
         generator_compare.main(settings, image)
+    if "quality" in args.parts:
+        import generator_quality
+
+        generator_quality.main(args.model, args.activations, args.picture)
 
 
 if __name__ == "__main__":

@@ -93,3 +93,18 @@ def test_a_branch_alone_is_split_by_frame():
     expected = advance(alone, params(), condition, start, levels[:2]).x
     made = advance(settings, placed, condition, start, levels[:2]).x
     np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-2)  # of values up to 700
+
+
+def test_a_network_sees_the_mesh_it_is_split_over():
+    """By it the flash kernel of TPUs divides its sequences among the devices."""
+    mesh, seen = sampling.mesh(6, 2, 3), []
+
+    def network(x):
+        seen.append(jax.sharding.get_abstract_mesh().shape)
+        return 2 * x
+
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 4))
+    out = jax.jit(sampling.split_network(network, mesh))(x)
+    assert dict(seen[0]) == {"branch": 2, "frame": 3}
+    assert out.sharding.shard_shape(out.shape) == (1, 1, 2, 2, 4)
+    np.testing.assert_array_equal(out, 2 * x)

@@ -59,7 +59,10 @@ def split_network(network: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
     def split(x: Float[Array, "b t h w c"], *args: Any) -> Float[Array, "b t h w o"]:
         branch = None if x.shape[0] % mesh.shape[BRANCH] else BRANCH
         placement = NamedSharding(mesh, PartitionSpec(branch, FRAME))
-        out = network(jax.lax.with_sharding_constraint(x, placement), *args)
+        x = jax.lax.with_sharding_constraint(x, placement)
+        # Kernels that the compiler does not partition divide themselves by the mesh they see.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out = network(x, *args)
         return jax.lax.with_sharding_constraint(out, placement)
 
     return split
