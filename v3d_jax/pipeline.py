@@ -330,7 +330,7 @@ def image_to_splats(
     Without the parameters of LPIPS its term is left out. The frames are those of `image_to_orbit`
     with the same key.
     """
-    frames = generate_orbit(settings, params, image, key)
+    frames = image_to_orbit(settings, params, image, key)
     height, width = settings.generator.frame_size
     cameras = camera.orbit(settings.generator.num_frames, width=width, height=height)
     start_key, fit_key = jax.random.split(jax.random.fold_in(key, 1))
