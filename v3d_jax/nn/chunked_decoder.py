@@ -84,7 +84,7 @@ def _convolve(
 ) -> Callable[[Index], Clip]:
     """`conv(norm(x, silu=True))` for the chunk that starts at a frame."""
     count = x.shape[1]
-    statistics = normalize.group_statistics(x, norm.groups, norm.eps, norm.over_frames)
+    statistics = _statistics(norm, x, frames)
     scale, bias = jnp.asarray(norm.scale[...]), jnp.asarray(norm.bias[...])
 
     def chunk(start: Index) -> Clip:
@@ -96,6 +96,20 @@ def _convolve(
         return conv(jnp.where(inside, normal, 0))[:, 1:-1]
 
     return chunk
+
+
+def _statistics(norm: layers.GroupNorm, x: Clip, frames: int) -> tuple[Clip, Clip]:
+    """`group_statistics` of the whole clip, of which no more than a chunk is ever in float32."""
+    first, chunks = x[:, :1, :1, :1].astype(jnp.float32), x.shape[1] // frames
+
+    def add(i: Index, sums: tuple[Clip, Clip]) -> tuple[Clip, Clip]:
+        part = jax.lax.dynamic_slice_in_dim(x, i * frames, frames, axis=1)
+        found = normalize.deviations(part, first, over_frames=True)
+        return sums[0] + found[0], sums[1] + found[1]
+
+    zero = jnp.zeros_like(first)
+    shift, square = jax.lax.fori_loop(0, chunks, add, (zero, zero))
+    return normalize.combine(first, shift / chunks, square / chunks, norm.groups, norm.eps)
 
 
 def _fill(f: Callable[[Index, Clip], Clip], clip: Clip, frames: int) -> Clip:

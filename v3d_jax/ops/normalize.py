@@ -65,12 +65,26 @@ def group_statistics(x: Clips, groups: int, eps: float, over_frames: bool) -> tu
     Sums per channel of the deviation from the channel's first value (so that a large mean does not
     cancel the variance), then combined into groups by the law of total variance.
     """
-    axes = (1, 2, 3) if over_frames else (2, 3)
     x = x.astype(jnp.float32)
     first = x[:, :1, :1, :1] if over_frames else x[:, :, :1, :1]
-    deviation = x - first
-    shift = jnp.mean(deviation, axes, keepdims=True)
-    square = jnp.mean(jnp.square(deviation), axes, keepdims=True)
+    shift, square = deviations(x, first, over_frames)
+    return combine(first, shift, square, groups, eps)
+
+
+def deviations(x: Clips, first: Stats, over_frames: bool) -> tuple[Stats, Stats]:
+    """Means of every channel's deviation from `first` and of its square."""
+    axes = (1, 2, 3) if over_frames else (2, 3)
+    deviation = x.astype(jnp.float32) - first
+    return (
+        jnp.mean(deviation, axes, keepdims=True),
+        jnp.mean(jnp.square(deviation), axes, keepdims=True),
+    )
+
+
+def combine(
+    first: Stats, shift: Stats, square: Stats, groups: int, eps: float
+) -> tuple[Stats, Stats]:
+    """Mean and inverse deviation of groups from what `deviations` tells of their channels."""
     mean = first + shift
     group_mean = _group(mean, groups)
     within = jnp.maximum(square - jnp.square(shift), 0.0)
