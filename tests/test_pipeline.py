@@ -172,6 +172,17 @@ def test_low_memory_takes_less_in_a_step_and_in_decoding(params, key):
         assert temporary(stage, low, *given) < share * temporary(stage, twelve, *given)
 
 
+def test_low_memory_decodes_frames_alone_in_turn(params, key):
+    alone = replace(SETTINGS.generator.autoencoder, frames_alone=True)
+    settings = replace(SETTINGS, generator=replace(SETTINGS.generator, autoencoder=alone))
+    latents = jax.random.normal(key, (2, 3, 8, 8, 4))
+    decode = jax.jit(pipeline.decode, static_argnums=0)
+    expected = decode(settings, params, latents)
+    assert float(jnp.abs(expected - decode(SETTINGS, params, latents)).max()) > 1e-3
+    low = decode(replace(settings, low_memory=True), params, latents)
+    np.testing.assert_allclose(low, expected, atol=1e-5)
+
+
 def test_low_memory_is_for_one_device():
     with pytest.raises(ValueError, match="one device"):
         replace(SETTINGS, low_memory=True, devices=2)

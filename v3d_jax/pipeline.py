@@ -280,7 +280,10 @@ def decode(
     parts = []
     for i in range(0, count, chunk):
         part = latents[:, i : i + chunk]
-        if settings.low_memory:
+        if settings.low_memory and autoencoder.config.frames_alone:
+            alone = jax.lax.map(autoencoder.decode, jnp.swapaxes(part, 0, 1)[:, :, None])
+            parts.append(jnp.swapaxes(alone[:, :, 0], 0, 1))
+        elif settings.low_memory:
             frames = 1 + (part.shape[1] % 2 == 0)
             decoded = chunked_decoder.decode(autoencoder.decoder, part, frames)
             parts.append(decoded.astype(part.dtype))
