@@ -10,8 +10,6 @@ Result:   31.45 dB, SSIM 0.955, LPIPS (AlexNet) 0.050 over the 17 views of 50 he
 The model is in runs/mini_vae/model; its config.json holds the measured scale factor of the latents.
 """
 
-import dataclasses
-
 from v3d_jax.config import AutoencoderTrainConfig, RunConfig
 from v3d_jax.data.loader import LoaderConfig
 from v3d_jax.nn.generator import MINI
@@ -20,8 +18,7 @@ from v3d_jax.training.autoencoder import AutoencoderLossConfig
 from v3d_jax.training.objective import DataConfig
 
 config = AutoencoderTrainConfig(
-    # Clips; that the decoder takes frames alone begins where it learns with the video model.
-    model=dataclasses.replace(MINI.autoencoder, frames_alone=False),
+    model=MINI.autoencoder,
     loss=AutoencoderLossConfig(mse=0.5, lpips=0.7, kl=1e-5, frames=6),
     data=DataConfig(loader=LoaderConfig(batch_size=8, num_frames=18, threads=14)),
     optim=OptimConfig(

@@ -80,7 +80,7 @@ MINI = GeneratorConfig(
     ),
     # In 32 groups of one channel, normalisation would take away how far a colour is from another.
     autoencoder=AutoencoderConfig(
-        channels=32, channel_mult=(1, 2, 3, 3), num_res_blocks=1, groups=8, frames_alone=True
+        channels=32, channel_mult=(1, 2, 3, 3), num_res_blocks=1, groups=8
     ),
     vision=VisionConfig(
         image_size=128,

@@ -24,9 +24,10 @@ Networks = tuple[lpips.LPIPSParams, ...]
 class PerceptualConfig:
     """`weight` of the term, 0 to leave it out; what it compares.
 
-    Of every clip, `frames` random unseen frames are decoded, each alone, and compared at a
-    `shrink`-th of their width and height. With several `nets` their distances are added, and with
-    `absolute` so many times the mean absolute difference of pixels in [-1, 1].
+    Of every clip, `frames` random unseen frames (where the decoder learns, of all) are decoded,
+    each alone, and compared at a `shrink`-th of their width and height. With several `nets` their
+    distances are added, and with `absolute` so many times the mean absolute difference of pixels in
+    [-1, 1].
     """
 
     weight: float = 0.0
@@ -74,12 +75,14 @@ def distances(
 ) -> Distances:
     """Between decoded frames; `decode` takes clips of unscaled latents.
 
-    Each clip has its own frames; frame 0, the input view, is none of them. LPIPS runs in `dtype`.
-    Clean latents are decoded by `decode_clean` where another decoder is the measure.
+    Each clip has its own frames. Frame 0, the input view, is one of them only with `decode_clean`,
+    the decoder that is the measure where `decode` learns: frames that are clear must stay so. LPIPS
+    runs in `dtype`.
     """
     clips, views = denoised.shape[:2]
-    unseen = jnp.tile(jnp.arange(1, views), (clips, 1))
-    frames = jax.random.permutation(key, unseen, axis=1, independent=True)[:, : config.frames]
+    first = 1 if decode_clean is None else 0
+    compared = jnp.tile(jnp.arange(first, views), (clips, 1))
+    frames = jax.random.permutation(key, compared, axis=1, independent=True)[:, : config.frames]
 
     def chosen(
         latents: Float[Array, "b t h w c"], decode: Callable[[Array], Array]
