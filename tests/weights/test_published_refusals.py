@@ -150,6 +150,15 @@ def test_settings_that_other_tools_lack_are_refused(tmp_path, pair, write, chang
     assert not path.exists()
 
 
+@pytest.mark.parametrize("write", [export.write_sgm, export.write_diffusers])
+def test_a_decoder_of_frames_alone_is_for_no_other_tool(tmp_path, pair, write):
+    model = published.open_model(pair, HINTS)
+    alone = dataclasses.replace(model.generator.autoencoder, frames_alone=True)
+    changed = dataclasses.replace(model.generator, autoencoder=alone)
+    with pytest.raises(UserError, match=r"its autoencoder\.frames_alone is True, and False there"):
+        write(tmp_path / "x.safetensors", model._replace(generator=changed))
+
+
 def test_the_mini_model_is_for_no_other_tool(tmp_path):
     model = packaged.open_model("mini")
     for write in (export.write_sgm, export.write_diffusers):

@@ -143,6 +143,7 @@ def _check(config: GeneratorConfig, tool: str) -> None:
     wanted = {
         "unet.groups": (config.unet.groups, GROUPS),
         "autoencoder.groups": (config.autoencoder.groups, GROUPS),
+        "autoencoder.frames_alone": (config.autoencoder.frames_alone, False),
         "vision.output": (config.vision.output, "pooled"),
         "vision.preprocess": (config.vision.preprocess, "clip"),
     }
