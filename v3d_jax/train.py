@@ -81,7 +81,7 @@ def train(settings: config.TrainConfig) -> state.TrainState:
             )
         )
         batches = stack.enter_context(
-            contextlib.closing(batches_ahead(objective.clips, settings.data.loader, mesh, first))
+            contextlib.closing(batches_ahead(objective, settings.data.loader, mesh, first))
         )
 
         step = start
@@ -147,13 +147,19 @@ def begin(
 
 
 def batches_ahead(
-    clips: loader.Clips, settings: loader.LoaderConfig, mesh: Mesh, first: int, ahead: int = 2
+    objective: Objective, settings: loader.LoaderConfig, mesh: Mesh, first: int, ahead: int = 2
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Batches on the devices from clip number `first` of the stream, with their orbits' indices.
 
     While a step runs, the copies of the next `ahead` batches are under way.
     """
-    source = loader.batches(clips, settings, rank=jax.process_index(), world=jax.process_count())
+    source = loader.batches(
+        objective.clips,
+        settings,
+        pictures=objective.pictures,
+        rank=jax.process_index(),
+        world=jax.process_count(),
+    )
     source.set_state({"global_next_index": first})
     waiting: collections.deque[tuple[Any, np.ndarray]] = collections.deque()
     with contextlib.closing(source):

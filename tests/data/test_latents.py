@@ -71,6 +71,28 @@ def test_batches_hold_whole_clips(cache):
                 np.testing.assert_array_equal(batch["image"][row], cache.images[index, views[0]])
 
 
+def test_batches_can_hold_pictures_of_random_frames(source, cache, noise_orbits):
+    config = loader.LoaderConfig(batch_size=4, num_frames=3, threads=1, prefetch=1)
+    joined = loader.JoinedClips([cache, cache])
+    seen = set()
+    with contextlib.closing(loader.batches(joined, config, pictures=2)) as stream:
+        for _ in range(5):
+            batch = next(stream)
+            assert batch["pictures"].shape == (4, 2, 16, 16, 3)
+            for row, index in enumerate(batch["index"]):
+                orbit = noise_orbits[index % len(cache)]
+                places = batch["places"][row]
+                assert len(set(places)) == 2
+                seen.update(places.tolist())
+                azimuths = batch["azimuth"][row, places]
+                views = [list(orbit.azimuths).index(azimuth) for azimuth in azimuths]
+                for picture, view in zip(batch["pictures"][row], views, strict=True):
+                    np.testing.assert_array_equal(picture, png.decode_on_white(orbit.frames[view]))
+    assert seen == {0, 1, 2}
+    with pytest.raises(ValueError, match="4 pictures cannot be taken from 3 frames"):
+        loader.batches(joined, config, pictures=4)
+
+
 def test_a_saved_cache_is_read_and_not_encoded_again(source, cache, tmp_path):
     def refuse(frames):
         raise AssertionError("encoded again")
@@ -82,6 +104,9 @@ def test_a_saved_cache_is_read_and_not_encoded_again(source, cache, tmp_path):
     assert again.names == cache.names
     for name in latents.ARRAYS:
         np.testing.assert_array_equal(getattr(again, name), getattr(cache, name))
+    np.testing.assert_array_equal(
+        again.pictures(1, np.array([2, 0])), cache.pictures(1, np.array([2, 0]))
+    )
 
 
 def test_two_processes_may_encode_the_same(source, cache, tmp_path):
@@ -89,7 +114,7 @@ def test_two_processes_may_encode_the_same(source, cache, tmp_path):
     path = tmp_path / "latents"
     latents.write(path, cache, {"made": "first"})
     latents.write(path, cache, {"made": "second"})
-    assert latents.load(path, {"made": "first"}).names == cache.names
+    assert latents.load(path, {"made": "first"}, source).names == cache.names
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.UserError, match="cannot write"):
@@ -118,7 +143,7 @@ def test_a_damaged_or_foreign_cache_is_refused(source, tmp_path):
     latents.open_or_encode(source, Encoder(), "a", CONFIG, folder=tmp_path)
     (path,) = tmp_path.iterdir()
     with pytest.raises(errors.UserError, match="other data or weights"):
-        latents.load(path, {"data": "something else"})
+        latents.load(path, {"data": "something else"}, source)
     (path / "images.npy").write_bytes(b"")
     with pytest.raises(errors.UserError, match="is damaged"):
         latents.open_or_encode(source, Encoder(), "a", CONFIG, folder=tmp_path)

@@ -49,11 +49,14 @@ def settings(files, run, init_from="model", **changes) -> config.VideoTrainConfi
     )
 
 
-@pytest.mark.parametrize("parts", [("decoder",), ("unet", "decoder")])
-def test_the_parts_that_are_named_move_and_no_others(files, tmp_path, monkeypatch, parts):
+@pytest.mark.parametrize(
+    ("parts", "target"), [(("decoder",), "pictures"), (("unet", "decoder"), "decoded")]
+)
+def test_the_parts_that_are_named_move_and_no_others(files, tmp_path, monkeypatch, parts, target):
     rng = np.random.default_rng(0)
     monkeypatch.setattr(lpips_weights, "load", lambda net: random_lpips.vgg(rng))
-    train.train(settings(files, tmp_path / "run", parts=parts))
+    term = dataclasses.replace(PERCEPTUAL, target=target)
+    train.train(settings(files, tmp_path / "run", parts=parts, perceptual=term))
     models = [folder.load(path) for path in (files / "model", tmp_path / "run" / "model")]
     assert [model.generator.autoencoder.frames_alone for model in models] == [False, True]
     before, after = (folder.flatten(model.params) for model in models)
@@ -81,6 +84,10 @@ def test_the_parts_that_are_named_move_and_no_others(files, tmp_path, monkeypatc
         ({"parts": ("decoder",), "perceptual": PerceptualConfig()}, "set --perceptual.weight"),
         ({"parts": ("vision",), "init_from": None}, "leaves out unet: name a model that has it"),
         ({"parts": ("decoder",), "init_from": None}, "leaves out unet and vision"),
+        (
+            {"perceptual": dataclasses.replace(PERCEPTUAL, target="pictures", frames=4)},
+            "--perceptual.frames 4: a clip has 3 frames",
+        ),
     ],
 )
 def test_parts_that_cannot_learn_are_one_line(files, tmp_path, changes, message):

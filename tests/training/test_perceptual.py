@@ -83,6 +83,29 @@ def test_another_decoder_can_be_the_measure(network, latents, key):
     np.testing.assert_allclose(found.absolute, 0.5 * jnp.mean(jnp.abs(frames)), rtol=1e-5)
 
 
+def test_pictures_can_be_the_target(network, latents, key):
+    """Each beside the denoised frame at its place; nothing is decoded for them."""
+    denoised, clean = latents
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 256, (CLIPS, 2, 64, 64, 3), np.uint8)
+    places = np.array([[3, 0], [1, 4]])
+    pictures = perceptual.Pictures(jnp.asarray(frames), jnp.asarray(places))
+    config = dataclasses.replace(CONFIG, shrink=2)
+    found = perceptual.distances(
+        (network,), doubled, denoised, clean, key, config, pictures=pictures
+    )
+    means = frames.reshape(CLIPS, 2, 32, 2, 32, 2, 3).mean(axis=(3, 5)) / 127.5 - 1
+    pairs = [
+        (denoised[clip, place], means[clip, k])
+        for clip in range(CLIPS)
+        for k, place in enumerate(places[clip])
+    ]
+    expected = np.mean([lpips.distance(network, a[None], jnp.asarray(b)[None]) for a, b in pairs])
+    np.testing.assert_allclose(found.lpips, expected, rtol=1e-4)
+    absolute = np.mean([np.abs(a - b).mean() for a, b in pairs])
+    np.testing.assert_allclose(found.absolute, absolute, rtol=1e-4)
+
+
 def test_only_the_denoised_frames_get_a_gradient(network, latents, key):
     def distance(denoised, clean):
         return perceptual.distances((network,), doubled, denoised, clean, key, CONFIG).lpips
@@ -118,6 +141,13 @@ def test_the_term_is_added_with_its_weight(key):
     total, found = video.video_loss(*arguments, (networks, both), model)
     term = found["lpips"] + 3.0 * found["absolute"]
     np.testing.assert_allclose(total, plain + CONFIG.weight * term, rtol=1e-5)
+
+
+def test_pictures_are_asked_for_only_by_a_term_that_has_weight():
+    pictures = dataclasses.replace(CONFIG, target="pictures", frames=3)
+    assert pictures.pictures == 3
+    assert CONFIG.pictures == 0
+    assert dataclasses.replace(pictures, weight=0.0).pictures == 0
 
 
 def test_missing_weights_are_refused_in_one_line(monkeypatch):

@@ -1,4 +1,4 @@
-"""A data set's latents in memory, so that training a video model never decodes a picture.
+"""A data set's latents in memory, so that training a video model decodes no pictures unasked.
 
 n orbits, v views each; latents float16 [n,v,h,w,c] as the video model denoises them (scaled),
 input views uint8 [n,v,s,s,3] on white for the image tower. Encoding happens once, before training;
@@ -41,13 +41,14 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentCache:
-    """All orbits of a split as arrays; a `loader.Clips`."""
+    """All orbits of a split as arrays, beside their source; `loader.PicturedClips`."""
 
     latents: Float16[np.ndarray, "n v h w c"]
     images: UInt8[np.ndarray, "n v s s 3"]
     azimuths: Float32[np.ndarray, "n v"]
     elevations: Float32[np.ndarray, " n"]
     names: list[str]
+    source: orbits.Source
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,6 +67,11 @@ class LatentCache:
             "elevation": self.elevations[index],
             "index": np.int32(index),
         }
+
+    def pictures(self, index: int, views: Int[np.ndarray, " k"]) -> UInt8[np.ndarray, "k h w 3"]:
+        """Views of orbit `index`, decoded on white."""
+        frames = self.source[index].frames
+        return np.stack([png.decode_on_white(frames[view]) for view in views])
 
     def name(self, index: int) -> str:
         """The object of orbit `index`."""
@@ -96,7 +102,7 @@ def open_or_encode(
         return encode_orbits(source, encode, config)
     path = folder / f"latents-{_digest(key)[:16]}"
     if path.is_dir():
-        return load(path, key)
+        return load(path, key, source)
     cache = encode_orbits(source, encode, config)
     if save:
         write(path, cache, key)
@@ -137,7 +143,7 @@ def encode_orbits(source: orbits.Source, encode: Encode, config: CacheConfig) ->
             bar.update(len(records))
     if latents is None:
         raise ValueError("there are no orbits to encode")
-    return LatentCache(latents, images, azimuths, elevations, names)
+    return LatentCache(latents, images, azimuths, elevations, names, source)
 
 
 def shrink(frames: UInt8[np.ndarray, "v h w 3"], size: int) -> UInt8[np.ndarray, "v s s 3"]:
@@ -181,8 +187,8 @@ def write(path: Path, cache: LatentCache, key: dict[str, Any]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load(path: Path, key: dict[str, Any]) -> LatentCache:
-    """Reads a saved cache into memory.
+def load(path: Path, key: dict[str, Any], source: orbits.Source) -> LatentCache:
+    """Reads a saved cache of `source` into memory.
 
     Raises UserError when it is damaged, or was not made from what `key` describes.
     """
@@ -194,7 +200,7 @@ def load(path: Path, key: dict[str, Any]) -> LatentCache:
         raise errors.UserError(f"{path} is damaged ({error}); remove it and run again") from error
     if found != key or any(len(array) != len(names) for array in arrays.values()):
         raise errors.UserError(f"{path} belongs to other data or weights; remove it and run again")
-    return LatentCache(**arrays, names=names)
+    return LatentCache(**arrays, names=names, source=source)
 
 
 def _decoded(

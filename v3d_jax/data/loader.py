@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from v3d_jax.data import orbits, png
 
@@ -55,6 +55,15 @@ class Clips(Protocol):
 
     def name(self, index: int) -> str:
         """The object of orbit `index`."""
+        ...
+
+
+@runtime_checkable
+class PicturedClips(Clips, Protocol):
+    """Clips whose frames can be had as pictures as well."""
+
+    def pictures(self, index: int, views: Int[np.ndarray, " k"]) -> UInt8[np.ndarray, "k h w 3"]:
+        """Views of orbit `index` on white."""
         ...
 
 
@@ -129,6 +138,11 @@ class JoinedClips:
         part, place = self._locate(index)
         return {**part.clip(place, order), "index": np.int32(index)}
 
+    def pictures(self, index: int, views: Int[np.ndarray, " k"]) -> UInt8[np.ndarray, "k h w 3"]:
+        """Views of orbit `index`, of parts that are `PicturedClips`."""
+        part, place = self._locate(index)
+        return part.pictures(place, views)
+
     def name(self, index: int) -> str:
         """The object of orbit `index`."""
         part, place = self._locate(index)
@@ -149,11 +163,16 @@ def turn(start: int, num_frames: int, views: int) -> Int[np.ndarray, " t"]:
     return (start + views // num_frames * np.arange(num_frames)) % views
 
 
-def batches(clips: Clips, config: LoaderConfig, *, rank: int = 0, world: int = 1) -> Batches:
+def batches(
+    clips: Clips, config: LoaderConfig, *, pictures: int = 0, rank: int = 0, world: int = 1
+) -> Batches:
     """An endless stream of this host's part of every batch: clips `rank`, `rank + world`, ...
 
-    Every epoch is shuffled anew, and every clip starts where `random_start` has it start. Raises
-    ValueError if the batch cannot be divided among `world` hosts or the views among the frames.
+    Every epoch is shuffled anew, and every clip starts where `random_start` has it start. With
+    `pictures`, so many random frames of each of the `PicturedClips` come as "pictures" uint8
+    [b,k,h,w,3], and their places in the clip as "places" [b,k]. Raises ValueError if the batch
+    cannot be divided among `world` hosts or the views among the frames, and if a clip has fewer
+    frames than `pictures`.
     """
     import grain
 
@@ -162,11 +181,14 @@ def batches(clips: Clips, config: LoaderConfig, *, rank: int = 0, world: int = 1
     if config.batch_size % world:
         raise ValueError(f"a batch of {config.batch_size} cannot be divided among {world} hosts")
     turn(0, config.num_frames, clips.views)
+    if pictures > config.num_frames:
+        raise ValueError(f"{pictures} pictures cannot be taken from {config.num_frames} frames")
 
     dataset = grain.MapDataset.range(len(clips)).seed(config.seed)
     if config.shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat().random_map(functools.partial(_draw, clips=clips, config=config))
+    draw = functools.partial(_draw, clips=clips, config=config, pictures=pictures)
+    dataset = dataset.repeat().random_map(draw)
     return grain.experimental.ElasticIterator(
         dataset,
         config.batch_size,
@@ -178,11 +200,18 @@ def batches(clips: Clips, config: LoaderConfig, *, rank: int = 0, world: int = 1
     )
 
 
-def _draw(index: int, rng: np.random.Generator, *, clips: Clips, config: LoaderConfig) -> dict:
+def _draw(
+    index: int, rng: np.random.Generator, *, clips: Clips, config: LoaderConfig, pictures: int
+) -> dict[str, np.ndarray]:
     anywhere = int(rng.integers(clips.views))
     start = anywhere if rng.random() < config.random_start else 0
     order = turn(start, config.num_frames, clips.views)
-    return clips.clip(int(index), order)
+    clip = clips.clip(int(index), order)
+    if pictures:
+        places = rng.permutation(config.num_frames)[:pictures]
+        clip["pictures"] = clips.pictures(int(index), order[places])
+        clip["places"] = places.astype(np.int32)
+    return clip
 
 
 def _worker_processes(workers: int):

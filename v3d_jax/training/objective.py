@@ -41,6 +41,7 @@ class Objective(NamedTuple):
     `state.train_step` wants it; preview(ema, frozen, batch, key) gives images
     [rows, columns, h, w, 3] in [0, 1] and scores of every clip; export(folder, ema on the host,
     metadata, dtype) writes the finished model. The held-out clips are the last of `preview_batch`.
+    The loss wants batches with so many `pictures` of every clip.
     """
 
     init: Callable[[jax.Array], Params]
@@ -52,6 +53,7 @@ class Objective(NamedTuple):
     preview_batch: Batch | None
     heldout: int
     export: Callable[[Path, Params, dict[str, Any], folder.FloatName], None]
+    pictures: int = 0
 
 
 def train_sources(config: DataConfig) -> list[orbits.Source]:

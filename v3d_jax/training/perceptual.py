@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from v3d_jax import errors
 from v3d_jax.nn import lpips
+from v3d_jax.ops import image
 from v3d_jax.weights import lpips as lpips_weights
 
 Networks = tuple[lpips.LPIPSParams, ...]
@@ -24,17 +25,24 @@ Networks = tuple[lpips.LPIPSParams, ...]
 class PerceptualConfig:
     """`weight` of the term, 0 to leave it out; what it compares.
 
-    Of every clip, `frames` random unseen frames (where the decoder learns, of all) are decoded,
-    each alone, and compared at a `shrink`-th of their width and height. With several `nets` their
-    distances are added, and with `absolute` so many times the mean absolute difference of pixels in
-    [-1, 1].
+    Of every clip, `frames` random frames are decoded, each alone, and compared at a `shrink`-th of
+    their width and height with the `target`: the clean latents decoded, or the data's own pictures,
+    which the autoencoder has not smoothed. Frame 0, the input view, is left out where both sides
+    come from the same decoder. With several `nets` their distances are added, and with `absolute`
+    so many times the mean absolute difference of pixels in [-1, 1].
     """
 
     weight: float = 0.0
+    target: Literal["decoded", "pictures"] = "decoded"
     frames: int = 2
     shrink: int = 2
     nets: tuple[Literal["vgg", "alex"], ...] = ("vgg",)
     absolute: float = 0.0
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures of every clip the term needs."""
+        return self.frames if self.weight > 0.0 and self.target == "pictures" else 0
 
 
 def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> Networks | None:
@@ -55,6 +63,13 @@ def load(config: PerceptualConfig, frame_size: tuple[int, int]) -> Networks | No
         raise errors.UserError(f"{error}, or leave out --perceptual.weight") from None
 
 
+class Pictures(NamedTuple):
+    """Frames of every clip as the data have them, and which of the clip's they are."""
+
+    frames: UInt8[Array, "b k H W 3"]
+    places: Int[Array, "b k"]
+
+
 class Distances(NamedTuple):
     """Means over the compared frames."""
 
@@ -72,27 +87,37 @@ def distances(
     dtype: Any = jnp.float32,
     *,
     decode_clean: Callable[[Array], Array] | None = None,
+    pictures: Pictures | None = None,
 ) -> Distances:
-    """Between decoded frames; `decode` takes clips of unscaled latents.
+    """Between decoded frames, or these and `pictures`; `decode` takes clips of unscaled latents.
 
-    Each clip has its own frames. Frame 0, the input view, is one of them only with `decode_clean`,
-    the decoder that is the measure where `decode` learns: frames that are clear must stay so. LPIPS
-    runs in `dtype`.
+    Each clip has its own frames. Frame 0, the input view, is one of them only with `pictures` or
+    with `decode_clean`, the decoder that is the measure where `decode` learns: frames that are
+    clear must stay so. LPIPS runs in `dtype`.
     """
-    clips, views = denoised.shape[:2]
-    first = 1 if decode_clean is None else 0
-    compared = jnp.tile(jnp.arange(first, views), (clips, 1))
-    frames = jax.random.permutation(key, compared, axis=1, independent=True)[:, : config.frames]
+    if pictures is None:
+        clips, views = denoised.shape[:2]
+        first = 1 if decode_clean is None else 0
+        compared = jnp.tile(jnp.arange(first, views), (clips, 1))
+        places = jax.random.permutation(key, compared, axis=1, independent=True)
+        places = places[:, : config.frames]
+    else:
+        places = pictures.places
 
     def chosen(
         latents: Float[Array, "b t h w c"], decode: Callable[[Array], Array]
     ) -> Float[Array, "n H W 3"]:
-        picked = jax.vmap(lambda clip, index: clip[index])(latents, frames)
+        picked = jax.vmap(lambda clip, index: clip[index])(latents, places)
         one_frame_clips = picked.reshape(-1, 1, *latents.shape[2:])
-        return _shrink(decode(one_frame_clips)[:, 0], config.shrink)
+        return decode(one_frame_clips)[:, 0]
 
-    images = chosen(denoised, decode)
-    target = jax.lax.stop_gradient(chosen(clean, decode_clean or decode))
+    images = _shrink(chosen(denoised, decode), config.shrink)
+    if pictures is None:
+        target = chosen(clean, decode_clean or decode)
+    else:
+        target = image.to_network(pictures.frames.astype(jnp.float32) / 255.0)
+        target = target.reshape(-1, *target.shape[2:])
+    target = jax.lax.stop_gradient(_shrink(target, config.shrink))
     found = (jnp.mean(lpips.distance(net, images, target, dtype=dtype)) for net in networks)
     return Distances(sum(found), jnp.mean(jnp.abs(images - target)))
 

@@ -106,6 +106,11 @@ def build(
         abstract = jax.eval_shape(functools.partial(init, names=left), jax.random.key(0))
         rest = objective.fit(load(Path(init_from), left), abstract, init_from)
     networks = perceptual.load(perceptual_config, model.frame_size)
+    pictures = perceptual_config.pictures
+    if pictures > data.loader.num_frames:
+        raise errors.UserError(
+            f"--perceptual.frames {pictures}: a clip has {data.loader.num_frames} frames"
+        )
     frozen = Frozen(opened.params, networks, rest)
 
     def merged(params: Params, frozen: Frozen) -> generator.Generator:
@@ -123,7 +128,7 @@ def build(
             loss_config,
             condition_config,
             None if frozen.lpips is None else (frozen.lpips, perceptual_config),
-            measure(params, frozen) if "decoder" in parts else None,
+            measure(params, frozen) if "decoder" in parts and not pictures else None,
         )
 
     def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
@@ -147,6 +152,7 @@ def build(
         preview_batch=preview_batch,
         heldout=held,
         export=export,
+        pictures=pictures,
     )
 
 
@@ -184,8 +190,9 @@ def video_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower.
 
-    With `compare`, distances between decoded denoised and clean frames are added, the latter
-    decoded by `measure`, if given; gradients then reach the model's decoder as well.
+    With `compare`, distances of decoded denoised frames are added: from the batch's pictures, if it
+    has them, or from decoded clean frames, the latter decoded by `measure`, if given. Gradients
+    then reach the model's decoder as well.
     """
     loss_key, augment_key, frames_key = jax.random.split(key, 3)
     condition = make_condition(model, batch, augment_key, condition_config)
@@ -208,6 +215,11 @@ def video_loss(
             config,
             model.unet.dtype,
             decode_clean=None if measure is None else measure.autoencoder.decode,
+            pictures=(
+                perceptual.Pictures(batch["pictures"], batch["places"])
+                if "pictures" in batch
+                else None
+            ),
         )
         found["lpips"] = seen_frames.lpips
         term = seen_frames.lpips
