@@ -7,12 +7,14 @@ Command:  python -m v3d_jax.render MESHES... --out data/low --size 128 --views 1
           python -m v3d_jax.train configs/mini_vae.py --data.path data/orbits
           python -m v3d_jax.train configs/mini_low.py --data.path data/low
           python -m v3d_jax.train configs/mini.py --data.path data/orbits data/fronts
+          python -m v3d_jax.train configs/mini_finish.py --data.path data/orbits data/fronts
           (in pieces: add --run.time-limit 450, and call it again until it is done)
 Hardware: one H100
 Hours:    not run whole; 168 clips a second, after three and a half minutes of compilation
 Result:   in pieces, what is shipped: v3d_jax/assets/mini/README.md
 
-The model is in runs/mini/model, a folder that `python -m v3d_jax.sample --model` takes.
+The model is in runs/mini/model, a folder that `python -m v3d_jax.sample --model` takes, and
+configs/mini_finish.py goes on from it.
 """
 
 from v3d_jax.config import RunConfig, VideoTrainConfig
