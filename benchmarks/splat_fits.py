@@ -17,7 +17,7 @@ from v3d_jax import errors, pipeline
 from v3d_jax.nn import lpips
 from v3d_jax.ops import binning, camera, metrics
 from v3d_jax.ops import image as images
-from v3d_jax.splat import fit, rasterize
+from v3d_jax.splat import fit, rasterize, recipe
 from v3d_jax.splat.gaussians import Gaussians
 from v3d_jax.weights import lpips as lpips_weights
 
@@ -79,8 +79,8 @@ def begin(
     """The Gaussians that every program starts from, the fit's key, and seconds, compiled anew."""
     start_key, fit_key = jax.random.split(jax.random.key(seed))
     start = time.perf_counter()
-    whole = pipeline.SplatConfig(config)
-    carve = jax.jit(pipeline.begin_splats, static_argnums=0)
+    whole = recipe.SplatConfig(config)
+    carve = jax.jit(recipe.begin, static_argnums=0)
     _, gaussians = carve(whole, targets.images, targets.alpha, targets.cameras, start_key)
     jax.block_until_ready(gaussians)
     return gaussians, fit_key, time.perf_counter() - start

@@ -10,14 +10,14 @@ import tiny_generator
 
 from v3d_jax import pipeline
 from v3d_jax.diffusion.sampler import SamplingConfig
-from v3d_jax.splat import carve, fit
+from v3d_jax.splat import carve, fit, recipe
 from v3d_jax.splat.objective import LossConfig
 
 CONFIG = fit.FitConfig(count=150, steps=25, loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01))
 SETTINGS = pipeline.Settings(
     tiny_generator.CONFIG,
     SamplingConfig(steps=2, sampler="dpmpp_2m", guidance_min=1.0, guidance_max=2.0),
-    splats=pipeline.SplatConfig(CONFIG, carve.CarveConfig(resolution=16, coarse=16), 1 << 11),
+    splats=recipe.SplatConfig(CONFIG, carve.CarveConfig(resolution=16, coarse=16), 1 << 11),
 )
 
 
@@ -65,7 +65,7 @@ def test_published_recipe_traces_with_lpips(picture, key):
         tuple(conv(3, *pair) for pair in itertools.pairwise(widths)),
         tuple(jax.ShapeDtypeStruct((c,), np.float32) for c in (64, 128, 256, 512, 512)),
     )
-    settings = replace(SETTINGS, splats=pipeline.SplatConfig(fit.V3D))
+    settings = replace(SETTINGS, splats=recipe.SplatConfig(fit.V3D))
     params = jax.eval_shape(tiny_generator.params)
     made = jax.eval_shape(
         lambda *given: pipeline.image_to_splats(settings, *given), params, picture, key, vgg

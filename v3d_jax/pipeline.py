@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 from PIL import Image
 
 from v3d_jax import console, errors
@@ -35,10 +35,8 @@ from v3d_jax.nn import chunked_decoder, conditioner, generator, lpips
 from v3d_jax.ops import camera
 from v3d_jax.ops import image as images
 from v3d_jax.parallel import sampling as parallel
-from v3d_jax.splat import cloud, fit, objective, rasterize, silhouette, start
-from v3d_jax.splat.carve import CarveConfig
-from v3d_jax.splat.fit import FitConfig
-from v3d_jax.splat.gaussians import Gaussians
+from v3d_jax.splat import objective, recipe
+from v3d_jax.splat.recipe import SplatConfig, Splats
 from v3d_jax.weights import folder, packaged
 
 
@@ -54,15 +52,6 @@ class ConditioningConfig:
     motion_bucket_id: float = 300.0
     cond_aug: float = 0.02
     elevation: float = 0.0
-
-
-@dataclass(frozen=True)
-class SplatConfig:
-    """How frames become Gaussians."""
-
-    fit: FitConfig = field(default_factory=FitConfig)
-    carve: CarveConfig = field(default_factory=CarveConfig)
-    slots: int = 1 << 20  # the rasterizer's capacity for the views of one step
 
 
 @dataclass(frozen=True)
@@ -311,16 +300,6 @@ def split_key(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     return condition_key, noise_key
 
 
-class Splats(NamedTuple):
-    """An orbit, the Gaussians fitted to it, and what says whether to trust them."""
-
-    frames: Float[Array, "t h w 3"]
-    gaussians: Gaussians
-    cloud: cloud.Cloud  # where the fit started
-    losses: Float[Array, "s"]  # of every step
-    slots: Int[Array, ""]  # capacity that a step needed: with more than was set, fit again
-
-
 def image_to_splats(
     settings: Settings,
     params: Any,
@@ -336,42 +315,9 @@ def image_to_splats(
     frames = image_to_orbit(settings, params, image, key)
     height, width = settings.generator.frame_size
     cameras = camera.orbit(settings.generator.num_frames, width=width, height=height)
-    start_key, fit_key = jax.random.split(jax.random.fold_in(key, 1))
-    config = settings.splats
-    masks = silhouette.from_white(frames)
-    begun, gaussians = begin_splats(config, frames, masks, cameras, start_key)
     network = None if perceptual_params is None else perceptual(settings.dtype)
-    targets = fit.with_features(
-        config.fit, fit.Targets(frames, None, cameras), network, perceptual_params
-    )
-    raster = rasterize.RasterConfig(width=width, height=height, slots=config.slots)
-    state, losses = fit.advance(
-        config.fit,
-        raster,
-        network,
-        perceptual_params,
-        targets,
-        fit.begin(gaussians, len(frames)),
-        fit_key,
-        config.fit.steps,
-    )
-    return Splats(frames, state.parameters.gaussians, begun, losses, state.slots)
-
-
-def begin_splats(
-    config: SplatConfig,
-    frames: silhouette.Images,
-    masks: silhouette.Alpha | None,
-    cameras: camera.Camera,
-    key: Key[Array, ""],
-) -> tuple[cloud.Cloud, Gaussians]:
-    """Points on the frames' visual hull, and the Gaussians that a fit starts from on them."""
-    told = config.fit
-    begun = cloud.initial(key, frames, masks, cameras, told.count, config.carve)
-    gaussians = start.from_points(
-        begun.positions, begun.colors, degree=told.degree, opacity=told.opacity, scale=told.scale
-    )
-    return begun, gaussians
+    fit_key = jax.random.fold_in(key, 1)
+    return recipe.from_frames(settings.splats, frames, cameras, fit_key, network, perceptual_params)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from v3d_jax.data import views
 from v3d_jax.nn import lpips
 from v3d_jax.ops import camera, metrics
 from v3d_jax.ops import image as images
-from v3d_jax.splat import carve, cloud, fit, rasterize, silhouette
+from v3d_jax.splat import carve, cloud, fit, rasterize, recipe, silhouette
 from v3d_jax.splat.gaussians import MAX_DEGREE, Gaussians
 from v3d_jax.weights import lpips as lpips_weights
 
@@ -216,8 +216,8 @@ def masks(frames: Frames) -> np.ndarray:
 
 def _begin(config: fit.FitConfig, frames: Frames, key: Array) -> tuple[cloud.Cloud, Gaussians]:
     tolerated = min(frames.tolerated, len(frames.images) - 1)
-    whole = pipeline.SplatConfig(config, carve.CarveConfig(tolerated=tolerated))
-    begin = jax.jit(pipeline.begin_splats, static_argnums=0)
+    whole = recipe.SplatConfig(config, carve.CarveConfig(tolerated=tolerated))
+    begin = jax.jit(recipe.begin, static_argnums=0)
     pictures, silhouettes = jnp.asarray(frames.images), jnp.asarray(masks(frames))
     return jax.block_until_ready(begin(whole, pictures, silhouettes, frames.cameras, key))
 

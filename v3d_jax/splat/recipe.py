@@ -1,0 +1,79 @@
+"""Frames on white to Gaussians as one pure function: start on the visual hull, then fit.
+
+Axes: t frame, h w image, s step.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int, Key
+
+from v3d_jax.ops import camera
+from v3d_jax.splat import cloud, fit, objective, rasterize, silhouette, start
+from v3d_jax.splat.carve import CarveConfig
+from v3d_jax.splat.fit import FitConfig
+from v3d_jax.splat.gaussians import Gaussians
+
+
+@dataclass(frozen=True)
+class SplatConfig:
+    """How frames become Gaussians."""
+
+    fit: FitConfig = field(default_factory=FitConfig)
+    carve: CarveConfig = field(default_factory=CarveConfig)
+    slots: int = 1 << 20  # the rasterizer's capacity for the views of one step
+
+
+class Splats(NamedTuple):
+    """Frames, the Gaussians fitted to them, and what says whether to trust them."""
+
+    frames: Float[Array, "t h w 3"]
+    gaussians: Gaussians
+    cloud: cloud.Cloud  # where the fit started
+    losses: Float[Array, "s"]  # of every step
+    slots: Int[Array, ""]  # capacity that a step needed: with more than was set, fit again
+
+
+def from_frames(
+    config: SplatConfig,
+    frames: Float[Array, "t h w 3"],
+    cameras: camera.Camera,
+    key: Key[Array, ""],
+    perceptual: objective.Perceptual | None = None,
+    perceptual_params: Any = None,
+) -> Splats:
+    """Masks from white, visual hull, fit; without `perceptual` its term is left out."""
+    start_key, fit_key = jax.random.split(key)
+    count, height, width = frames.shape[:3]
+    begun, gaussians = begin(config, frames, silhouette.from_white(frames), cameras, start_key)
+    targets = fit.with_features(
+        config.fit, fit.Targets(frames, None, cameras), perceptual, perceptual_params
+    )
+    state, losses = fit.advance(
+        config.fit,
+        rasterize.RasterConfig(width=width, height=height, slots=config.slots),
+        perceptual,
+        perceptual_params,
+        targets,
+        fit.begin(gaussians, count),
+        fit_key,
+        config.fit.steps,
+    )
+    return Splats(frames, state.parameters.gaussians, begun, losses, state.slots)
+
+
+def begin(
+    config: SplatConfig,
+    frames: silhouette.Images,
+    masks: silhouette.Alpha | None,
+    cameras: camera.Camera,
+    key: Key[Array, ""],
+) -> tuple[cloud.Cloud, Gaussians]:
+    """Points on the frames' visual hull, and the Gaussians that a fit starts from on them."""
+    told = config.fit
+    begun = cloud.initial(key, frames, masks, cameras, told.count, config.carve)
+    gaussians = start.from_points(
+        begun.positions, begun.colors, degree=told.degree, opacity=told.opacity, scale=told.scale
+    )
+    return begun, gaussians
