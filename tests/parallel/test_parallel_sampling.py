@@ -3,12 +3,14 @@
 import functools
 from dataclasses import replace
 
+import fixtures
 import jax
 import numpy as np
 import pytest
 import tiny_generator
 
 from v3d_jax import errors, pipeline
+from v3d_jax.diffusion import guidance
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.parallel import sampling
 
@@ -23,9 +25,17 @@ def params():
     return jax.tree.map(np.asarray, tiny_generator.params())
 
 
+def condition():
+    """Of a picture's size and magnitudes."""
+    context, latent = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 1, 8), (1, 8, 8, 4)])
+    )
+    return guidance.Condition(context, latent, pipeline.vector(SETTINGS, 1))
+
+
 @functools.cache
 def one_device():
-    orbit = jax.jit(pipeline.image_to_orbit, static_argnums=0)
+    orbit = fixtures.jit(pipeline.image_to_orbit, static_argnums=0)
     return np.asarray(orbit(SETTINGS, params(), IMAGE, jax.random.key(0)))
 
 
@@ -43,7 +53,7 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize("devices", [SLOW(2), SLOW(3), 6])
 def test_an_orbit_equals_that_of_one_device(devices):
     settings, placed = on_devices(devices)
-    orbit = jax.jit(pipeline.image_to_orbit, static_argnums=0)
+    orbit = fixtures.jit(pipeline.image_to_orbit, static_argnums=0)
     frames = orbit(settings, placed, IMAGE, jax.random.key(0))
     assert len(frames.sharding.device_set) == devices
     np.testing.assert_allclose(frames, one_device(), atol=1e-4)
@@ -51,7 +61,7 @@ def test_an_orbit_equals_that_of_one_device(devices):
 
 def flops(stage, settings, *arguments):
     """Of one device."""
-    lowered = jax.jit(stage, static_argnums=0).lower(settings, *arguments)
+    lowered = fixtures.jit(stage, static_argnums=0).lower(settings, *arguments)
     return lowered.compile().cost_analysis()["flops"]
 
 
@@ -60,8 +70,7 @@ def test_every_device_has_its_share_of_a_step(devices, share):
     """A little more than 1 / devices: embeddings and halos are computed by all."""
     settings, placed = on_devices(devices)
     start, levels = pipeline.begin(SETTINGS, 1, jax.random.key(0))
-    condition = pipeline.encode_condition(SETTINGS, params(), IMAGE[None], jax.random.key(1))
-    step = (condition, start, levels[:2])
+    step = (condition(), start, levels[:2])
     whole = flops(pipeline.advance, SETTINGS, params(), *step)
     assert flops(pipeline.advance, settings, placed, *step) < share * whole
 
@@ -86,12 +95,11 @@ def test_meshes():
 def test_a_branch_alone_is_split_by_frame():
     """Beyond guidance's interval half as large a batch is computed, on any number of devices."""
     settings, placed = on_devices(6, guidance_interval=(0.0, 1.0))
-    condition = pipeline.encode_condition(SETTINGS, params(), IMAGE[None], jax.random.key(1))
     start, levels = pipeline.begin(settings, 1, jax.random.key(0))
-    advance = jax.jit(pipeline.advance, static_argnums=0)
+    advance = fixtures.jit(pipeline.advance, static_argnums=0)
     alone = replace(settings, devices=1)
-    expected = advance(alone, params(), condition, start, levels[:2]).x
-    made = advance(settings, placed, condition, start, levels[:2]).x
+    expected = advance(alone, params(), condition(), start, levels[:2]).x
+    made = advance(settings, placed, condition(), start, levels[:2]).x
     np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-2)  # of values up to 700
 
 

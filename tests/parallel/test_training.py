@@ -2,6 +2,7 @@
 
 import functools
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,8 +100,8 @@ def gradients(levels: int, devices: int, fsdp: int):
         step,
         in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere),
         out_shardings=(everywhere, everywhere, placements),
-        # A third less to compile; where things lie is decided before that.
-        compiler_options={"xla_backend_optimization_level": 0},
+        # Where things lie is decided before what this leaves out.
+        compiler_options=fixtures.FAST_COMPILE,
     )
     placed = sharding.put(params, placements)
     split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
@@ -139,12 +140,19 @@ def test_two_levels_equal_one_device(fsdp):
 def test_condition_is_what_sampling_gives():
     """The scalars of a training clip equal those of the pipeline, wherever the clip begins."""
     graphdef, params, frozen = model(1)
-    whole = nnx.merge(graphdef, {**params, "autoencoder": frozen})
+    whole = {**params, "autoencoder": frozen}
     key = jax.random.key(0)
-    condition = video.make_condition(
-        whole, jax.tree.map(jnp.asarray, batch()), key, video.ConditionConfig()
-    )
     settings = pipeline.Settings(config(1), sampler.SamplingConfig(), activations="float32")
+
+    @fixtures.jit
+    def make(whole, batch):
+        return video.make_condition(nnx.merge(graphdef, whole), batch, key, video.ConditionConfig())
+
+    @fixtures.jit
+    def encode_picture(whole, pixels):
+        return pipeline.picture_latent(settings, nnx.merge(graphdef, whole), pixels, key)
+
+    condition = make(whole, batch())
     expected = pipeline.vector(settings, CLIPS)
     np.testing.assert_allclose(condition.vector, expected, atol=2e-4)
     first = batch()["latents"][:, 0].astype(np.float32)
@@ -153,5 +161,5 @@ def test_condition_is_what_sampling_gives():
     frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     encode = cached.encoder(config(1).autoencoder, frozen, jnp.float32)
     pixels = image.to_network(jnp.asarray(frames, jnp.float32) / 255.0)
-    latent = pipeline.picture_latent(settings, whole, pixels, key)
+    latent = encode_picture(whole, pixels)
     np.testing.assert_allclose(encode(frames), latent, atol=1e-5)
