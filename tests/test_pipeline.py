@@ -1,6 +1,7 @@
 import functools
 from dataclasses import replace
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -35,6 +36,12 @@ def orbit():
     return jax.jit(pipeline.image_to_orbit, static_argnums=0)
 
 
+@pytest.fixture(scope="module")
+def fast_orbit():
+    """The same compiled in a quarter of the time, where the production program is not the point."""
+    return fixtures.jit(pipeline.image_to_orbit, static_argnums=0)
+
+
 def test_the_whole_is_one_jitted_function_of_its_key(params, image, orbit, key):
     frames = orbit(SETTINGS, params, image, key)
     assert frames.shape == (3, 16, 16, 3)
@@ -47,23 +54,23 @@ def test_the_whole_is_one_jitted_function_of_its_key(params, image, orbit, key):
     assert float(jnp.abs(frames - turned).max()) > 0.01
 
 
-def test_stages_step_by_step_give_the_whole(params, image, orbit, key):
+def test_stages_step_by_step_give_the_whole(params, image, fast_orbit, key):
     """What the command line does, one step at a time, is what the one function does."""
     condition_key, noise_key = pipeline.split_key(key)
-    encode = jax.jit(pipeline.encode_condition, static_argnums=0)
-    advance = jax.jit(pipeline.advance, static_argnums=0)
+    encode = fixtures.jit(pipeline.encode_condition, static_argnums=0)
+    advance = fixtures.jit(pipeline.advance, static_argnums=0)
     condition = encode(SETTINGS, params, image[None], condition_key)
-    condition = jax.jit(pipeline.branch, static_argnums=0)(SETTINGS, params, condition)
+    condition = fixtures.jit(pipeline.branch, static_argnums=0)(SETTINGS, params, condition)
     trajectory, levels = pipeline.begin(SETTINGS, 1, noise_key)
     for i in range(len(levels) - 1):
         trajectory = advance(SETTINGS, params, condition, trajectory, levels[i : i + 2])
-    frames = jax.jit(pipeline.decode, static_argnums=0)(SETTINGS, params, trajectory.x)[0]
-    np.testing.assert_allclose(frames, orbit(SETTINGS, params, image, key), atol=1e-4)
+    frames = fixtures.jit(pipeline.decode, static_argnums=0)(SETTINGS, params, trajectory.x)[0]
+    np.testing.assert_allclose(frames, fast_orbit(SETTINGS, params, image, key), atol=1e-4)
 
 
 def test_bfloat16_activations_stay_close_and_return_float32(params, key):
     latents = jax.random.normal(key, (1, 3, 8, 8, 4))
-    decode = jax.jit(pipeline.decode, static_argnums=0)
+    decode = fixtures.jit(pipeline.decode, static_argnums=0)
     half = decode(replace(SETTINGS, activations="bfloat16"), params, latents)
     assert half.dtype == jnp.float32
     difference = jnp.abs(half - decode(SETTINGS, params, latents))
@@ -108,8 +115,11 @@ def test_cross_attention_to_one_token_is_computed_once_a_run(key):
     assert len(of_tokens(whole)) == 2
 
 
-def test_weights_held_in_bfloat16_give_the_same_bits(params, image, key, tmp_path):
+def test_weights_held_in_bfloat16_give_the_same_bits(
+    params, image, fast_orbit, key, tmp_path, monkeypatch
+):
     """A norm's scale rounded too would show, and a kernel left in float32 weighs twice."""
+    monkeypatch.setattr(pipeline, "_image_to_orbit", fast_orbit)
     folder.save(tmp_path / "tiny", tiny_generator.CONFIG, SAMPLING, params)
     model = pipeline.load(tmp_path / "tiny", activations="bfloat16")
     held = folder.flatten(model.params)
@@ -117,7 +127,7 @@ def test_weights_held_in_bfloat16_give_the_same_bits(params, image, key, tmp_pat
     assert len(large) > 30
     assert {leaf.dtype for leaf in large.values()} == {jnp.dtype(jnp.bfloat16)}
     frames = pipeline.generate_orbit(model, image, key)
-    wide = jax.jit(pipeline.image_to_orbit, static_argnums=0)(model.settings, params, image, key)
+    wide = fast_orbit(model.settings, params, image, key)
     np.testing.assert_array_equal(frames, wide)
 
 
@@ -147,10 +157,10 @@ def test_a_notebook_is_told_what_cannot_be_used(params, image, key):
         pipeline.generate_orbit(model._replace(settings=wide), "toy.png", key)
 
 
-def test_low_memory_gives_the_same_frames(params, image, orbit, key):
+def test_low_memory_gives_the_same_frames(params, image, fast_orbit, key):
     low = replace(SETTINGS, low_memory=True)
-    frames = orbit(low, params, image, key)
-    np.testing.assert_allclose(frames, orbit(SETTINGS, params, image, key), atol=1e-5)
+    frames = fast_orbit(low, params, image, key)
+    np.testing.assert_allclose(frames, fast_orbit(SETTINGS, params, image, key), atol=1e-5)
 
 
 def test_low_memory_takes_less_in_a_step_and_in_decoding(params, key):
@@ -163,7 +173,7 @@ def test_low_memory_takes_less_in_a_step_and_in_decoding(params, key):
     )
 
     def temporary(stage, settings, *arguments):
-        lowered = jax.jit(stage, static_argnums=0).lower(settings, params, *arguments)
+        lowered = fixtures.jit(stage, static_argnums=0).lower(settings, params, *arguments)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     step = (condition, start, levels[:2])
@@ -176,7 +186,7 @@ def test_low_memory_decodes_frames_alone_in_turn(params, key):
     alone = replace(SETTINGS.generator.autoencoder, frames_alone=True)
     settings = replace(SETTINGS, generator=replace(SETTINGS.generator, autoencoder=alone))
     latents = jax.random.normal(key, (2, 3, 8, 8, 4))
-    decode = jax.jit(pipeline.decode, static_argnums=0)
+    decode = fixtures.jit(pipeline.decode, static_argnums=0)
     expected = decode(settings, params, latents)
     assert float(jnp.abs(expected - decode(SETTINGS, params, latents)).max()) > 1e-3
     low = decode(replace(settings, low_memory=True), params, latents)
@@ -209,10 +219,15 @@ def test_azimuth_is_the_angle_from_frame_zero(params):
 
 
 def test_latent_of_a_model_that_is_not_told_of_noise(params, image, key):
-    network = pipeline.networks(SETTINGS, params)
     pixels = 2.0 * image[None] - 1.0
-    mean = network.autoencoder.encode(pixels).mean
-    latent = pipeline.picture_latent(SETTINGS, network, pixels, key)
+
+    @fixtures.jit
+    def both(params, pixels):
+        network = pipeline.networks(SETTINGS, params)
+        mean = network.autoencoder.encode(pixels).mean
+        return mean, pipeline.picture_latent(SETTINGS, network, pixels, key)
+
+    mean, latent = both(params, pixels)
     np.testing.assert_allclose(latent, 0.5 * mean, rtol=1e-6)
 
 
@@ -226,10 +241,15 @@ def test_latent_of_a_model_that_is_told_of_noise(params, image):
     )
     conditioning = pipeline.ConditioningConfig(cond_aug=0.5)
     settings = pipeline.Settings(told, SAMPLING, conditioning)
-    network = pipeline.networks(SETTINGS, params)
     pixels = jnp.broadcast_to(2.0 * image - 1.0, (512, 16, 16, 3))
-    posterior = network.autoencoder.encode(pixels[:1])
-    latents = pipeline.picture_latent(settings, network, pixels, jax.random.key(3))
+
+    @fixtures.jit
+    def both(params, pixels):
+        network = pipeline.networks(SETTINGS, params)
+        posterior = network.autoencoder.encode(pixels[:1])
+        return posterior, pipeline.picture_latent(settings, network, pixels, jax.random.key(3))
+
+    posterior, latents = both(params, pixels)
     deviation = jnp.sqrt(jnp.exp(posterior.logvar[0]) + 0.5**2)
     error = (latents.mean(0) - posterior.mean[0]) / deviation
     assert float(jnp.abs(error).max()) < 6 / np.sqrt(512)
@@ -243,7 +263,7 @@ def test_latent_of_a_model_that_is_told_of_noise(params, image):
 
 def test_decoding_in_chunks(params, key):
     latents = jax.random.normal(key, (1, 3, 8, 8, 4))
-    decode = jax.jit(pipeline.decode, static_argnums=0)
+    decode = fixtures.jit(pipeline.decode, static_argnums=0)
     whole = decode(SETTINGS, params, latents)
     np.testing.assert_allclose(decode(replace(SETTINGS, decode_frames=3), params, latents), whole)
     single = decode(replace(SETTINGS, decode_frames=1), params, latents)
