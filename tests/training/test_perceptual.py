@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,16 @@ def doubled(latents):
     return latents.repeat(2, axis=2).repeat(2, axis=3)
 
 
+def dimmed(latents):
+    return 0.5 * doubled(latents)
+
+
+distances = fixtures.jit(
+    perceptual.distances, static_argnums=(1, 5), static_argnames="decode_clean"
+)
+between = fixtures.jit(lpips.distance)
+
+
 @pytest.fixture(scope="module")
 def network():
     try:
@@ -43,42 +54,32 @@ def latents():
 def test_it_is_the_mean_lpips_of_decoded_unseen_frames(network, latents, key):
     denoised, clean = latents
     config = PerceptualConfig(weight=1.0, frames=FRAMES - 1, shrink=1, nets=("alex",))
-    found = perceptual.distances((network,), doubled, denoised, clean, key, config).lpips
+    found = distances((network,), doubled, denoised, clean, key, config).lpips
     pairs = (doubled(x[:, 1:]).reshape(-1, 64, 64, 3) for x in latents)
-    expected = jnp.mean(lpips.distance(network, *pairs))
+    expected = jnp.mean(between(network, *pairs))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # Frame 0 is the input view: whatever is made of it does not count.
-    other = perceptual.distances(
-        (network,), doubled, denoised.at[:, 0].set(0), clean, key, config
-    ).lpips
+    other = distances((network,), doubled, denoised.at[:, 0].set(0), clean, key, config).lpips
     np.testing.assert_array_equal(found, other)
-    twice = perceptual.distances((network, network), doubled, denoised, clean, key, config).lpips
+    twice = distances((network, network), doubled, denoised, clean, key, config).lpips
     np.testing.assert_allclose(twice, 2 * found, rtol=1e-6)
 
 
 def test_frames_are_compared_shrunk(network, latents, key):
     denoised, clean = latents
     halved = PerceptualConfig(frames=FRAMES - 1, shrink=2, nets=("alex",))
-    found = perceptual.distances((network,), doubled, denoised, clean, key, halved).lpips
+    found = distances((network,), doubled, denoised, clean, key, halved).lpips
     pairs = (x[:, 1:].reshape(-1, SIDE, SIDE, 3) for x in latents)
-    np.testing.assert_allclose(found, jnp.mean(lpips.distance(network, *pairs)), rtol=1e-5)
+    np.testing.assert_allclose(found, jnp.mean(between(network, *pairs)), rtol=1e-5)
 
 
 def test_another_decoder_can_be_the_measure(network, latents, key):
     """And then frame 0 counts as well: a decoder that learns has to keep it."""
     denoised, _ = latents
     config = PerceptualConfig(frames=FRAMES, shrink=1, nets=("alex",))
-    found = perceptual.distances(
-        (network,),
-        doubled,
-        denoised,
-        denoised,
-        key,
-        config,
-        decode_clean=lambda x: 0.5 * doubled(x),
-    )
+    found = distances((network,), doubled, denoised, denoised, key, config, decode_clean=dimmed)
     frames = doubled(denoised).reshape(-1, 64, 64, 3)
-    expected = jnp.mean(lpips.distance(network, frames, 0.5 * frames))
+    expected = jnp.mean(between(network, frames, 0.5 * frames))
     np.testing.assert_allclose(found.lpips, expected, rtol=1e-5)
     np.testing.assert_allclose(found.absolute, 0.5 * jnp.mean(jnp.abs(frames)), rtol=1e-5)
 
@@ -91,16 +92,14 @@ def test_pictures_can_be_the_target(network, latents, key):
     places = np.array([[3, 0], [1, 4]])
     pictures = perceptual.Pictures(jnp.asarray(frames), jnp.asarray(places))
     config = dataclasses.replace(CONFIG, shrink=2)
-    found = perceptual.distances(
-        (network,), doubled, denoised, clean, key, config, pictures=pictures
-    )
+    found = distances((network,), doubled, denoised, clean, key, config, pictures=pictures)
     means = frames.reshape(CLIPS, 2, 32, 2, 32, 2, 3).mean(axis=(3, 5)) / 127.5 - 1
     pairs = [
         (denoised[clip, place], means[clip, k])
         for clip in range(CLIPS)
         for k, place in enumerate(places[clip])
     ]
-    expected = np.mean([lpips.distance(network, a[None], jnp.asarray(b)[None]) for a, b in pairs])
+    expected = np.mean([between(network, a[None], jnp.asarray(b)[None]) for a, b in pairs])
     np.testing.assert_allclose(found.lpips, expected, rtol=1e-4)
     absolute = np.mean([np.abs(a - b).mean() for a, b in pairs])
     np.testing.assert_allclose(found.absolute, absolute, rtol=1e-4)
@@ -110,7 +109,7 @@ def test_only_the_denoised_frames_get_a_gradient(network, latents, key):
     def distance(denoised, clean):
         return perceptual.distances((network,), doubled, denoised, clean, key, CONFIG).lpips
 
-    grads = jax.grad(distance, argnums=(0, 1))(*latents)
+    grads = fixtures.jit(jax.grad(distance, argnums=(0, 1)))(*latents)
     moved = np.any(np.asarray(grads[0]) != 0, axis=(2, 3, 4))
     assert not moved[:, 0].any()
     np.testing.assert_array_equal(moved.sum(axis=1), CONFIG.frames)
@@ -119,9 +118,7 @@ def test_only_the_denoised_frames_get_a_gradient(network, latents, key):
 
 
 def test_the_term_is_added_with_its_weight(key):
-    model = nnx.merge(
-        nnx.split(generator.abstract(tiny_generator.CONFIG))[0], tiny_generator.params()
-    )
+    graphdef = nnx.split(generator.abstract(tiny_generator.CONFIG))[0]
     side, frames = tiny_generator.CONFIG.image_size, tiny_generator.CONFIG.num_frames
     rng = np.random.default_rng(0)
     one = {
@@ -130,15 +127,25 @@ def test_the_term_is_added_with_its_weight(key):
         "azimuth": jnp.tile(jnp.arange(frames) * 120.0, (CLIPS, 1)),
         "elevation": jnp.zeros(CLIPS),
     }
-    networks = (random_lpips.vgg(rng),)
-    arguments = (model, one, key, LossConfig(), video.ConditionConfig())
-    plain, found = video.video_loss(*arguments)
+    both = dataclasses.replace(CONFIG, absolute=3.0)
+
+    @fixtures.jit  # all in one program, which then has what they share once
+    def losses(params, one, networks):
+        model = nnx.merge(graphdef, params)
+        arguments = (model, one, key, LossConfig(), video.ConditionConfig())
+        return (
+            video.video_loss(*arguments),
+            video.video_loss(*arguments, (networks, CONFIG)),
+            video.video_loss(*arguments, (networks, both), model),
+        )
+
+    without, alone, together = losses(tiny_generator.params(), one, (random_lpips.vgg(rng),))
+    plain, found = without
     assert "lpips" not in found
-    total, found = video.video_loss(*arguments, (networks, CONFIG))
+    total, found = alone
     assert found["lpips"] > 0
     np.testing.assert_allclose(total, plain + CONFIG.weight * found["lpips"], rtol=1e-5)
-    both = dataclasses.replace(CONFIG, absolute=3.0)
-    total, found = video.video_loss(*arguments, (networks, both), model)
+    total, found = together
     term = found["lpips"] + 3.0 * found["absolute"]
     np.testing.assert_allclose(total, plain + CONFIG.weight * term, rtol=1e-5)
 
