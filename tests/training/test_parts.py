@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import fixtures
+import jax
 import numpy as np
 import pytest
 import random_lpips
@@ -21,6 +23,11 @@ from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.weights import folder
 from v3d_jax.weights import lpips as lpips_weights
 
+# One level: what is trained takes long to compile, and no part depends on how many there are.
+MODEL = dataclasses.replace(
+    tiny_generator.CONFIG,
+    autoencoder=dataclasses.replace(tiny_generator.CONFIG.autoencoder, channel_mult=(1,)),
+)
 PERCEPTUAL = PerceptualConfig(weight=1.0, frames=1, shrink=1, absolute=0.5)
 
 
@@ -29,14 +36,20 @@ def files(tmp_path_factory) -> Path:
     """A data set, and the model that a run begins with."""
     path = tmp_path_factory.mktemp("parts")
     synthetic_orbits.build(path / "data")
-    params = nnx.to_pure_dict(tiny_generator.params())
-    folder.save(path / "model", tiny_generator.CONFIG, SamplingConfig(steps=1), params)
+    params = nnx.to_pure_dict(tiny_generator.params(MODEL))
+    folder.save(path / "model", MODEL, SamplingConfig(steps=1), params)
     return path
+
+
+@pytest.fixture(autouse=True)
+def fast_compile(monkeypatch):
+    """A step is compiled for every two that run."""
+    monkeypatch.setattr(jax, "jit", fixtures.jit)
 
 
 def settings(files, run, init_from="model", **changes) -> config.VideoTrainConfig:
     return config.VideoTrainConfig(
-        model=tiny_generator.CONFIG,
+        model=MODEL,
         latents=CachedLatentsConfig(str(files / "model"), folder=str(files)),
         data=DataConfig((str(files / "data"),), previews=0, loader=LoaderConfig(2, 3, threads=1)),
         optim=OptimConfig(lr=1e-3, warmup=1),
@@ -96,8 +109,8 @@ def test_parts_that_cannot_learn_are_one_line(files, tmp_path, changes, message)
 
 
 def test_resting_parts_of_another_size_are_refused(files, tmp_path):
-    network = dataclasses.replace(tiny_generator.CONFIG.unet, model_channels=64)
-    wider = dataclasses.replace(tiny_generator.CONFIG, unet=network)
+    network = dataclasses.replace(MODEL.unet, model_channels=64)
+    wider = dataclasses.replace(MODEL, unet=network)
     chosen = settings(files, tmp_path, parts=("vision",), perceptual=PerceptualConfig())
     with pytest.raises(errors.UserError, match="model is a model of another size"):
         dataclasses.replace(chosen, model=wider).objective()
