@@ -63,7 +63,8 @@ def test_imports_run_downwards(path: Path):
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda p: p.name)
 def test_ops_import_jax_and_numpy_only(path: Path):
     outside = {name.split(".")[0] for name in imports(path)} - {"v3d_jax"}
-    standard = {"collections", "dataclasses", "functools", "math", "typing"}
+    standard = {"collections", "contextlib", "contextvars", "dataclasses", "functools", "math"}
+    standard |= {"typing"}
     assert outside - standard <= {"jax", "numpy", "jaxtyping"}
 
 

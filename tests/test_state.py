@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from v3d_jax import state
+from v3d_jax.parallel import mesh as meshes
+from v3d_jax.parallel import sharding
 from v3d_jax.state import OptimConfig
 
 
@@ -106,3 +108,58 @@ def test_every_step_draws_its_own_noise():
     _, again = step(begun, 0.0, 0.0, key, rate)
     assert float(first_metrics["noise"]) != float(second_metrics["noise"])
     assert float(first_metrics["noise"]) == float(again["noise"])
+
+
+def clips_loss(params, frozen, batch, key):
+    """A mean over clips without noise, so that parts of a batch make the whole."""
+    del key
+    error = jnp.tanh(batch @ params["kernel"] + params["bias"][None]) - frozen
+    clip_loss = jnp.mean(jnp.square(error), axis=1)
+    return jnp.mean(clip_loss), {"largest": jnp.max(jnp.abs(params["bias"]))}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_make_the_whole_batch(parts):
+    batch = np.random.default_rng(0).standard_normal((8, 2)).astype(np.float32)
+    key, params = jax.random.key(0), jax.tree.map(jnp.asarray, PARAMS)
+    whole, part = (
+        jax.jit(functools.partial(state.gradients, clips_loss, accumulate=count))(
+            params, 0.3, batch, key
+        )
+        for count in (1, parts)
+    )
+    assert whole[0] > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), part, whole)
+
+
+def test_parts_of_a_batch_draw_apart():
+    """Each part's noise is its own: two parts of equal clips are not one part twice."""
+    key, params = jax.random.key(0), jax.tree.map(jnp.asarray, PARAMS)
+    batch = np.zeros((2, 3), np.float32)
+    value, _, _ = state.gradients(noisy_loss, params, 0.0, batch, key, accumulate=2)
+    alone = [
+        noisy_loss(params, 0.0, batch[:1], jax.random.fold_in(key, index))[0] for index in (0, 1)
+    ]
+    assert abs(alone[0] - alone[1]) > 1e-3
+    np.testing.assert_allclose(value, np.mean(alone), rtol=1e-6)
+
+
+def test_a_batch_in_no_parts_is_refused():
+    with pytest.raises(ValueError, match="accumulate"):
+        OptimConfig(accumulate=0)
+
+
+def test_gradients_keep_their_share_and_parts_stay_on_their_devices():
+    """On a mesh, in parts: equal to one device, and split as the weights are."""
+    mesh = meshes.make(meshes.MeshConfig(fsdp=2))
+    placements = sharding.weights({"kernel": PARAMS["kernel"], "bias": PARAMS["bias"]}, mesh, 0)
+    batch = np.random.default_rng(0).standard_normal((16, 2)).astype(np.float32)
+    key = jax.random.key(0)
+    expected = state.gradients(clips_loss, PARAMS, 0.3, batch, key)
+    step = functools.partial(state.gradients, clips_loss, accumulate=2, placements=placements)
+    everywhere = sharding.replicated(mesh)
+    found = jax.jit(step, in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere))(
+        PARAMS, 0.3, batch, key
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    assert found[2]["kernel"].sharding.shard_shape((2, 3)) == (1, 3)

@@ -58,7 +58,8 @@ class VideoTrainConfig:
     """Trains the UNet and the image tower on the latents of a frozen autoencoder.
 
     Only `parts` learn: the others are those of `run.init_from`. "decoder", the autoencoder's,
-    learns from the perceptual term alone.
+    learns from the perceptual term alone. `train_only` are shell patterns of weights' dotted paths,
+    such as `unet.*.temporal.*`: of `parts` only what matches one learns.
     """
 
     model: GeneratorConfig = MINI
@@ -73,6 +74,7 @@ class VideoTrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     multihost: MultihostConfig = field(default_factory=MultihostConfig)
     parts: tuple[video.Part, ...] = video.PARTS
+    train_only: tuple[str, ...] = ()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights are float32
 
     def objective(self) -> objective.Objective:
@@ -88,6 +90,7 @@ class VideoTrainConfig:
             jnp.dtype(self.dtype),
             self.parts,
             self.run.init_from,
+            self.train_only,
         )
 
 

@@ -4,6 +4,7 @@ Parameters are plain nested dicts of float32 arrays (`nnx.to_pure_dict` of a mod
 `nnx.merge` takes as it is): a State costs four times as much on its way into a compiled function.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
+
+from v3d_jax.parallel import sharding
 
 Params = PyTree  # of jax arrays; of numpy arrays or shapes where that is said
 Metrics = dict[str, Float[Array, ""]]
@@ -39,10 +43,13 @@ class OptimConfig:
     weight_decay: float = 0.01  # on matrices and kernels only
     clip: float = 1.0  # of the gradient's global norm
     ema: float = 0.9999
+    accumulate: int = 1  # parts of a batch that are computed one after the other, in less memory
 
     def __post_init__(self):
         if not 0.0 <= self.decay_start < 1.0:
             raise ValueError(f"decay_start is a fraction in [0, 1), not {self.decay_start}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is a number of parts, not {self.accumulate}")
 
 
 class TrainState(NamedTuple):
@@ -114,19 +121,96 @@ def train_step(
     batch: Any,
     key: Key[Array, ""],
     rate: Float[Array, ""],
+    *,
+    accumulate: int = 1,
+    placements: Any = None,
 ) -> tuple[TrainState, Metrics]:
     """One update of `rate` times what `optimizer` asks for.
 
     `key` is the run's: the step is folded in, so nothing else carries randomness. `frozen` are
     arrays that `loss(params, frozen, batch, key)` needs and training leaves alone. The metrics are
-    the loss's, with `loss` and the gradient's norm before clipping.
+    the loss's, with `loss` and the gradient's norm before clipping. `accumulate` and `placements`
+    are those of `gradients`.
     """
     step_key = jax.random.fold_in(key, state.step)
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (value, metrics), grads = grad(state.params, frozen, batch, step_key)
+    value, metrics, grads = gradients(
+        loss, state.params, frozen, batch, step_key, accumulate, placements
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
     keep = ema_decay(decay, state.step)
     ema = jax.tree.map(lambda old, new: keep * old + (1.0 - keep) * new, state.ema, params)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def gradients(
+    loss: Loss,
+    params: Params,
+    frozen: Any,
+    batch: Any,
+    key: Key[Array, ""],
+    accumulate: int = 1,
+    placements: Any = None,
+) -> tuple[Float[Array, ""], Metrics, Params]:
+    """The loss, its metrics and the gradient: means over `accumulate` parts of the batch.
+
+    Part i is every `accumulate`-th clip from the i-th on, so that a batch split over devices stays
+    where it is, and draws with its own key. `placements` are shardings of the parameters, which
+    gradients keep: each device sums and holds its own share.
+    """
+    grad = jax.value_and_grad(loss, has_aux=True)
+
+    def pinned(grads: Params) -> Params:
+        if placements is None:
+            return grads
+        return jax.tree.map(jax.lax.with_sharding_constraint, grads, placements)
+
+    if accumulate == 1:
+        (value, metrics), grads = grad(params, frozen, batch, key)
+        return value, metrics, pinned(grads)
+
+    def part_of(leaf: Any) -> Any:
+        return jnp.swapaxes(leaf.reshape(-1, accumulate, *leaf.shape[1:]), 0, 1)
+
+    def add(total: Params, one: Any) -> tuple[Params, Any]:
+        part, index = one
+        found, grads = grad(params, frozen, part, jax.random.fold_in(key, index))
+        return pinned(jax.tree.map(jnp.add, total, grads)), found
+
+    zeros = pinned(jax.tree.map(jnp.zeros_like, params))
+    parts = (jax.tree.map(part_of, batch), jnp.arange(accumulate))
+    total, found = jax.lax.scan(add, zeros, parts)
+    value, metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), found)
+    return value, metrics, jax.tree.map(lambda x: x / accumulate, total)
+
+
+def sharded_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    config: OptimConfig,
+    mesh: Mesh,
+    placements: TrainState,
+    frozen: Any,
+) -> Any:
+    """`train_step` compiled for a mesh: (state, frozen, batch, key, rate) to (state, metrics).
+
+    `placements` and `frozen` are the shardings of state and frozen arrays. The state is donated.
+    """
+    step = functools.partial(
+        train_step,
+        loss,
+        optimizer,
+        config.ema,
+        accumulate=config.accumulate,
+        placements=placements.params,
+    )
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(
+        sharding.on_mesh(step, mesh),
+        in_shardings=(placements, frozen, sharding.batch(mesh), everywhere, everywhere),
+        out_shardings=(placements, everywhere),
+        donate_argnums=0,
+        # What a step does not read lies on the devices all the same, and a plan counts it.
+        keep_unused=True,
+    )

@@ -38,8 +38,9 @@ def train(settings: config.TrainConfig) -> state.TrainState:
         # Processes and devices, before anything else touches them.
         multihost.initialize(settings.multihost)
         mesh = meshes.make(settings.mesh)
-        if batch_size % mesh.size:
-            raise errors.UserError(f"{batch_size} clips cannot be split over {mesh.size} devices")
+        sharding.check_batch(
+            mesh, batch_size, settings.optim.accumulate, settings.data.loader.num_frames
+        )
 
         # The run's folder, the data, the model.
         folder = Path(run.dir)
@@ -55,17 +56,15 @@ def train(settings: config.TrainConfig) -> state.TrainState:
         start, first = int(train_state.step), loader_state["global_next_index"]
         placements = jax.tree.map(lambda leaf: leaf.sharding, train_state)
         everywhere = sharding.replicated(mesh)
-        frozen = sharding.put(objective.frozen, everywhere)
+        frozen_placements = sharding.weights(objective.frozen, mesh)
+        frozen = sharding.put(objective.frozen, frozen_placements)
         # The draws of step k are those of fold_in(key, k): they need no place in a checkpoint.
         key = jax.jit(jax.random.key, out_shardings=everywhere)(run.seed)
 
-        train_step = jax.jit(
-            functools.partial(state.train_step, objective.loss, optimizer, settings.optim.ema),
-            in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere, everywhere),
-            out_shardings=(placements, everywhere),
-            donate_argnums=0,
+        train_step = state.sharded_step(
+            objective.loss, optimizer, settings.optim, mesh, placements, frozen_placements
         )
-        preview = jax.jit(objective.preview, out_shardings=everywhere)
+        preview = jax.jit(sharding.on_mesh(objective.preview, mesh), out_shardings=everywhere)
         preview_batch = sharding.put(objective.preview_batch, everywhere)
 
         say(f"{run.dir}: {count(train_state.params) / 1e6:.2f} M parameters, {mesh.size} devices")

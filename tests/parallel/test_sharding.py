@@ -1,5 +1,7 @@
 """The mesh, the rule for weights, and placing batches."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,18 +13,72 @@ from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import multihost, sharding
 
 
-@pytest.mark.parametrize(("fsdp", "shape"), [(1, (8, 1)), (2, (4, 2)), (8, (1, 8))])
-def test_mesh(fsdp, shape):
-    mesh = meshes.make(meshes.MeshConfig(fsdp))
+@pytest.mark.parametrize(
+    ("fsdp", "frames", "shape"),
+    [(1, 1, (8, 1, 1)), (2, 1, (4, 2, 1)), (8, 1, (1, 8, 1)), (2, 2, (2, 2, 2)), (1, 8, (1, 1, 8))],
+)
+def test_mesh(fsdp, frames, shape):
+    mesh = meshes.make(meshes.MeshConfig(fsdp, frames=frames))
     assert mesh.devices.shape == shape
-    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.axis_names == ("data", "fsdp", "frames")
+    assert meshes.clips(mesh) == 8 // frames
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
-@pytest.mark.parametrize("fsdp", [0, 3, 16])
-def test_devices_must_divide(fsdp):
-    with pytest.raises(errors.UserError, match="8 devices"):
-        meshes.make(meshes.MeshConfig(fsdp))
+@pytest.mark.parametrize(
+    ("fsdp", "frames", "groups"),
+    [(0, 1, "0"), (3, 1, "3"), (16, 1, "16"), (1, 0, "1 x 0"), (2, 3, "2 x 3 .fsdp x frames."),
+     (4, 4, "4 x 4")],
+)  # fmt: skip
+def test_devices_must_divide(fsdp, frames, groups):
+    with pytest.raises(
+        errors.UserError, match=f"8 devices cannot be split into groups of {groups}"
+    ):
+        meshes.make(meshes.MeshConfig(fsdp, frames=frames))
+
+
+def test_frames_of_a_clip_lie_in_one_process(monkeypatch):
+    class Elsewhere:
+        def __init__(self, index):
+            self.process_index = index // 4
+
+    groups = np.array([Elsewhere(index) for index in range(8)]).reshape(1, 1, 8)
+    mesh = SimpleNamespace(devices=groups)
+    monkeypatch.setattr(jax, "make_mesh", lambda *args, **settings: mesh)
+    with pytest.raises(errors.UserError, match="on 8 devices would lie in several processes"):
+        meshes.make(meshes.MeshConfig(frames=8))
+
+
+@pytest.mark.parametrize(
+    ("clips", "accumulate", "frames", "message"),
+    [
+        (6, 1, 4, "6 clips cannot be split over 4 groups of 2 devices: .* a multiple of 4"),
+        (12, 2, 4, "12 clips in 2 parts cannot be split .* a multiple of 8"),
+        (8, 1, 9, "9 frames cannot be split over 2 devices"),
+    ],
+)
+def test_batches_must_divide(clips, accumulate, frames, message):
+    mesh = meshes.make(meshes.MeshConfig(2, frames=2))
+    sharding.check_batch(mesh, 8, 2, 4)
+    with pytest.raises(errors.UserError, match=message):
+        sharding.check_batch(mesh, clips, accumulate, frames)
+    plain = meshes.make(meshes.MeshConfig(2))
+    with pytest.raises(errors.UserError, match="over 8 devices: choose"):
+        sharding.check_batch(plain, 12, 1, 9)
+
+
+def test_a_network_is_split_by_clip_and_frame_where_there_is_a_mesh():
+    x = np.arange(4 * 2 * 3, dtype=np.float32).reshape(4, 2, 1, 1, 3)
+
+    def double(x):
+        return sharding.split_clips(lambda x: 2 * x)(x)
+
+    mesh = meshes.make(meshes.MeshConfig(2, frames=2))
+    placed = sharding.put(x, sharding.replicated(mesh))
+    split = jax.jit(sharding.on_mesh(double, mesh))(placed)
+    assert split.sharding.shard_shape(split.shape) == (1, 1, 1, 1, 3)
+    np.testing.assert_array_equal(split, 2 * x)
+    assert double(x).shape == x.shape  # without a mesh nothing is pinned
 
 
 @pytest.mark.parametrize(

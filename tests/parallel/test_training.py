@@ -1,5 +1,6 @@
 """A video model's loss and gradients on meshes of eight devices equal those on one device."""
 
+import dataclasses
 import functools
 
 import fixtures
@@ -10,16 +11,16 @@ import optax
 import pytest
 from flax import nnx
 
-from v3d_jax import pipeline
+from v3d_jax import pipeline, state
 from v3d_jax.diffusion import loss as edm
 from v3d_jax.diffusion import sampler
 from v3d_jax.nn import autoencoder, clip, conditioner, generator, unet
 from v3d_jax.ops import image
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
-from v3d_jax.training import cached, video
+from v3d_jax.training import cached, perceptual, video
 
-CLIPS, FRAMES = 8, 3
+CLIPS, FRAMES = 8, 4
 
 
 def config(levels: int) -> generator.GeneratorConfig:
@@ -70,7 +71,7 @@ def model(levels: int):
 @functools.cache
 def batch() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    turn = np.arange(FRAMES, dtype=np.float32) * 120.0
+    turn = np.arange(FRAMES, dtype=np.float32) * (360.0 / FRAMES)
     return {
         "latents": rng.standard_normal((CLIPS, FRAMES, 8, 8, 4)).astype(np.float16),
         "image": rng.integers(0, 256, (CLIPS, 16, 16, 3), np.uint8),
@@ -81,23 +82,31 @@ def batch() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def gradients(levels: int, devices: int, fsdp: int):
+def gradients(levels: int, devices: int, fsdp: int, frames: int = 1, remat: str = "none"):
     """Loss, the gradient's norm and the gradient of some of the weights, in numpy."""
-    mesh = meshes.make(meshes.MeshConfig(fsdp=fsdp, devices=devices))
-    graphdef, params, frozen = model(levels)
+    mesh = meshes.make(meshes.MeshConfig(fsdp=fsdp, devices=devices, frames=frames))
+    _, params, frozen = model(levels)
     placements = sharding.weights(params, mesh, small=2**10)
     everywhere = sharding.replicated(mesh)
-
-    def loss(params, frozen, batch, key):
-        whole = nnx.merge(graphdef, {**params, "autoencoder": frozen})
-        return video.video_loss(whole, batch, key, edm.LossConfig(), video.ConditionConfig())
+    settings = config(levels)
+    network = dataclasses.replace(settings.unet, remat=remat)
+    whole = pipeline.Settings(
+        dataclasses.replace(settings, unet=network), sampler.SamplingConfig(), activations="float32"
+    )
+    loss = video.make_loss(
+        whole,
+        edm.LossConfig(),
+        perceptual.PerceptualConfig(),
+        video.ConditionConfig(),
+        video.PARTS,
+    )
 
     def step(params, frozen, batch, key):
-        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
+        value, _, grads = state.gradients(loss, params, frozen, batch, key, placements=placements)
         return value, optax.tree.norm(grads), grads
 
     step = jax.jit(
-        step,
+        sharding.on_mesh(step, mesh),
         in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere),
         out_shardings=(everywhere, everywhere, placements),
         # Where things lie is decided before what this leaves out.
@@ -106,13 +115,14 @@ def gradients(levels: int, devices: int, fsdp: int):
     placed = sharding.put(params, placements)
     split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
     assert bool(split) == (fsdp > 1)
-    value, norm, grads = step(placed, frozen, sharding.put_batch(batch(), mesh), jax.random.key(0))
+    resting = video.Frozen(frozen, None, {})
+    value, norm, grads = step(placed, resting, sharding.put_batch(batch(), mesh), jax.random.key(0))
     return float(value), float(norm), jax.tree.map(np.asarray, grads)
 
 
-def assert_equal_to_one_device(levels: int, devices: int, fsdp: int):
+def assert_equal_to_one_device(levels: int, *layout):
     value, norm, grads = gradients(levels, 1, 1)
-    sharded_value, sharded_norm, sharded_grads = gradients(levels, devices, fsdp)
+    sharded_value, sharded_norm, sharded_grads = gradients(levels, *layout)
     assert norm > 0
     assert sharded_value == pytest.approx(value, rel=1e-5)
     assert sharded_norm == pytest.approx(norm, rel=1e-5)
@@ -122,19 +132,31 @@ def assert_equal_to_one_device(levels: int, devices: int, fsdp: int):
     assert float(optax.tree.norm(grads["vision"])) > 1e-4 * norm
 
 
-def test_weights_and_batch_split_equal_one_device():
-    assert_equal_to_one_device(levels=1, devices=8, fsdp=2)
+def test_weights_batch_and_frames_split_equal_one_device():
+    """All axes at once, and blocks that the gradient recomputes."""
+    assert_equal_to_one_device(1, 8, 2, 2, "blocks")
 
 
 @pytest.mark.slow
-def test_batch_split_equals_one_device():
-    assert_equal_to_one_device(levels=1, devices=8, fsdp=1)
+@pytest.mark.parametrize(
+    ("fsdp", "frames", "remat"),
+    [
+        (1, 1, "none"),
+        (2, 1, "none"),
+        (8, 1, "dots"),
+        (1, 2, "none"),
+        (1, 4, "dots"),
+        (4, 2, "none"),
+    ],
+)
+def test_every_layout_equals_one_device(fsdp, frames, remat):
+    assert_equal_to_one_device(1, 8, fsdp, frames, remat)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2, 8])
-def test_two_levels_equal_one_device(fsdp):
-    assert_equal_to_one_device(levels=2, devices=8, fsdp=fsdp)
+@pytest.mark.parametrize(("fsdp", "frames"), [(1, 1), (2, 1), (8, 1), (2, 2), (2, 4)])
+def test_two_levels_equal_one_device(fsdp, frames):
+    assert_equal_to_one_device(2, 8, fsdp, frames)
 
 
 def test_condition_is_what_sampling_gives():

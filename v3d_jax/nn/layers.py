@@ -6,7 +6,7 @@ float32 whatever `dtype` is.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,10 @@ from jaxtyping import Array, Float
 from v3d_jax.ops import attention, frame_attention, normalize
 
 GROUPS = 32
+
+# What a gradient stores: everything; of each block its input (True means this, False "none"); of
+# each block its input and the results of matrix products and convolutions.
+Remat = Literal["none", "blocks", "dots"]
 
 
 class Keys(nnx.Rngs):
@@ -236,10 +240,22 @@ def upsample(x: Float[Array, "b t h w c"]) -> Float[Array, "b t 2*h 2*w c"]:
     return x.reshape(b, t, 2 * h, 2 * w, c)
 
 
-def call(block: nnx.Module, *args: Any, remat: bool) -> Any:
-    """`block(*args)`; with `remat` the gradient recomputes the block instead of storing it."""
-    if not remat:
+def call(block: nnx.Module, *args: Any, remat: bool | Remat) -> Any:
+    """`block(*args)`; with `remat` the gradient recomputes the block instead of storing it.
+
+    A gradient that recomputes takes what it needs of weights anew: where they are split over
+    devices, it gathers them a second time and holds no block's for longer than that block.
+    """
+    if remat in (False, "none"):
         return block(*args)
     graphdef, params = nnx.split(block)
-    pure = jax.checkpoint(lambda params, *args: nnx.merge(graphdef, params)(*args))
+    pure = jax.checkpoint(
+        lambda params, *args: nnx.merge(graphdef, params)(*args),
+        policy=_is_product if remat == "dots" else None,
+    )
     return pure(params, *args)
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A matrix product or a convolution: what takes time to compute again."""
+    return primitive.name in ("dot_general", "conv_general_dilated")

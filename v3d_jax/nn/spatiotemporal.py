@@ -144,11 +144,16 @@ class VideoResBlock(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t h w i"],
+        x: Float[Array, "b t h w x"],
         emb: Float[Array, "b t e"],
         image_only: Bool[Array, "b t"] | None = None,
+        skip: Float[Array, "b t h w s"] | None = None,
     ) -> Float[Array, "b t h w o"]:
-        """`emb` is one embedding a frame."""
+        """`emb` is one embedding a frame; `skip` becomes the last channels of `x`.
+
+        Joined here, a gradient that recomputes the block stores both apart, where others have them.
+        """
+        x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
         spatial = self.spatial(x, emb)
         return self.mix(spatial, self.temporal(spatial, emb), image_only)
 

@@ -24,8 +24,8 @@ class UNetConfig:
     `channel_mult` has one entry a level; a level has `num_res_blocks` blocks on the way down and
     one more on the way up. Levels whose downsampling factor is in `attention_resolutions` have
     transformers, the middle always has one. Every width must divide by `groups`, those of
-    group normalisation, and where there is attention by `head_channels`. `remat` recomputes
-    residual blocks and transformers in the backward pass, each from its input.
+    group normalisation, and where there is attention by `head_channels`. `remat` says what of
+    residual blocks and transformers the backward pass computes again (`layers.Remat`).
     """
 
     in_channels: int = 8
@@ -38,7 +38,7 @@ class UNetConfig:
     context_dim: int = 1024
     vector_dim: int = 768
     groups: int = layers.GROUPS
-    remat: bool = False
+    remat: bool | layers.Remat = False
     attention_impl: attention.Implementation | None = None
 
     @property
@@ -101,9 +101,13 @@ class Block(nnx.Module):
         emb: Float[Array, "b t e"],
         context: Float[Array, "b #t n d"] | spatiotemporal.Answers | None,
         image_only: Bool[Array, "b t"] | None,
+        skip: Float[Array, "b t h w s"] | None = None,
     ) -> Float[Array, "b t h w o"]:
-        """`emb` is one embedding a frame, `context` one set of tokens a frame or a clip."""
-        x = layers.call(self.res, x, emb, image_only, remat=self.remat)
+        """`emb` is one embedding a frame, `context` one set of tokens a frame or a clip.
+
+        `skip` is what the other side of the UNet made, and becomes the last channels of `x`.
+        """
+        x = layers.call(self.res, x, emb, image_only, skip, remat=self.remat)
         if self.attn is None:
             return x
         return layers.call(self.attn, x, context, image_only, remat=self.remat)
@@ -229,8 +233,7 @@ class VideoUNet(nnx.Module):
             h = block(h, emb, next(contexts), image_only)
         for level in reversed(self.up):
             for block in level.blocks:
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(h, emb, next(contexts), image_only)
+                h = block(h, emb, next(contexts), image_only, skips.pop())
             if level.resample is not None:
                 h = level.resample(layers.upsample(h))
         return self.conv_out(self.norm_out(h, silu=True)).astype(x.dtype)

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from v3d_jax.ops import target
+
 Implementation = Literal["xla", "chunked", "cudnn", "tpu_flash"]
 
 _QUERY_CHUNK = 512
@@ -45,12 +47,11 @@ def attention(
 ) -> Float[Array, "b n h d"]:
     """softmax(q kᵀ / sqrt(d)) v for every sequence and head, in the type of `q`.
 
-    `impl` None picks by shape, type and the default backend at trace time; to lower for another
-    platform than the one at hand, name the implementation. Not to be used under `vmap` (cuDNN's
-    batching rules): flatten leading axes into `b`.
+    `impl` None picks by shape, type and platform (`v3d_jax.ops.target`) at trace time. Not to be
+    used under `vmap` (cuDNN's batching rules): flatten leading axes into `b`.
     """
     if impl is None:
-        impl = choose(q.shape, k.shape[1], q.dtype, jax.default_backend())
+        impl = choose(q.shape, k.shape[1], q.dtype, target.platform())
     match impl:
         case "xla":
             return _xla(q, k, v)

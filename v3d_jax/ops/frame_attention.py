@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from v3d_jax.ops import target
+
 Clips = Float[Array, "b t s h d"]
 Tile = Float[Array, "p d"]
 
@@ -28,9 +30,9 @@ _MAX_FRAMES = 32
 def attention(q: Clips, k: Clips, v: Clips) -> Clips:
     """softmax(q kᵀ / sqrt(d)) v over the frames of every pixel and head, in the type of `q`.
 
-    The implementation is chosen by shape and by the default backend at trace time.
+    The implementation is chosen by shape and platform (`v3d_jax.ops.target`) at trace time.
     """
-    if can_fuse(q.shape, jax.default_backend(), jax.device_count()):
+    if can_fuse(q.shape, target.platform(), jax.device_count()):
         return fused(q, k, v)
     return plain(q, k, v)
 

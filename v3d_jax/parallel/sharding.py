@@ -1,16 +1,21 @@
-"""Where every array lives: one rule for weights, one for batches.
+"""Where every array lives: one rule for weights, one for batches, one for clips in the network.
 
 Weights (and whatever has their shapes: moments, averages) are split along their largest dimension
 that the `fsdp` axis divides; small ones are repeated on every device. Batches are split by clip
-over all devices.
+over `data` and `fsdp`, and repeated over `frames`. In the network the frames of a clip are split
+over `frames`: layers across frames then exchange sums, neighbours or keys, all others nothing.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
+from v3d_jax import errors
 from v3d_jax.parallel import mesh as mesh_axes
 
 # Below this many elements, gathering a weight costs more than keeping it everywhere.
@@ -30,7 +35,9 @@ def rule(shape: tuple[int, ...], fsdp: int, small: int = SMALL) -> PartitionSpec
 def weights(abstract: Any, mesh: Mesh, small: int = SMALL) -> Any:
     """The rule over a tree of arrays or abstract arrays, such as a whole train state."""
     fsdp = mesh.shape[mesh_axes.FSDP]
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, rule(leaf.shape, fsdp, small)), abstract)
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, rule(np.shape(leaf), fsdp, small)), abstract
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -39,14 +46,64 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices."""
+    """The leading axis split over all devices, or over the groups that share a clip."""
     return NamedSharding(mesh, PartitionSpec((mesh_axes.DATA, mesh_axes.FSDP)))
+
+
+def check_batch(mesh: Mesh, clips: int, accumulate: int, frames: int) -> None:
+    """Raises `UserError` if batches of `clips`, in `accumulate` parts, cannot be split so."""
+    groups = mesh_axes.clips(mesh)
+    if clips % (groups * accumulate):
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        shared = mesh.shape[mesh_axes.FRAMES]
+        where = f"{groups} devices" if shared == 1 else f"{groups} groups of {shared} devices"
+        raise errors.UserError(
+            f"{clips} clips{parts} cannot be split over {where}: choose a batch size that is a "
+            f"multiple of {groups * accumulate}"
+        )
+    if frames % mesh.shape[mesh_axes.FRAMES]:
+        raise errors.UserError(
+            f"{frames} frames cannot be split over {mesh.shape[mesh_axes.FRAMES]} devices: "
+            "choose mesh.frames to divide them"
+        )
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function`, which when traced sees the mesh.
+
+    By it `split_clips` knows the axes, and kernels that the compiler does not partition divide
+    their work among the devices.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def split_clips(network: Callable[..., Any]) -> Callable[..., Any]:
+    """The network with its first argument and its result split by clip and by frame.
+
+    The mesh is that of `on_mesh`; without one the network is returned.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh_axes.FRAMES not in mesh.axis_names:
+        return network
+    spec = PartitionSpec((mesh_axes.DATA, mesh_axes.FSDP), mesh_axes.FRAMES)
+    pin = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, spec))
+
+    def split(x: Float[Array, "b t h w c"], *args: Any) -> Float[Array, "b t h w o"]:
+        return pin(network(pin(x), *args))
+
+    return split
 
 
 def put_batch(local: Any, mesh: Mesh) -> Any:
     """Global arrays from this process's share of a batch, a tree of numpy arrays.
 
-    Returns before the copies are done. The global batch must divide by the number of devices.
+    Returns before the copies are done. The global batch must divide as `check_batch` says.
     """
     placement = batch(mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(placement, leaf), local)

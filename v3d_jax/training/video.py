@@ -7,13 +7,11 @@ sampling.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from v3d_jax import errors, pipeline
@@ -21,17 +19,17 @@ from v3d_jax.data import loader
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion import loss as edm
 from v3d_jax.nn import autoencoder as autoencoders
-from v3d_jax.nn import clip, conditioner, generator, unet
+from v3d_jax.nn import conditioner, generator
 from v3d_jax.ops import image, metrics
-from v3d_jax.state import Metrics, Params
+from v3d_jax.parallel import sharding
+from v3d_jax.state import Loss, Metrics, Params
 from v3d_jax.training import cached, objective, perceptual
+from v3d_jax.training import parts as learning
 from v3d_jax.training.cached import CachedLatentsConfig
+from v3d_jax.training.parts import PARTS, Part
 from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.weights import folder as model_folder
 from v3d_jax.weights.tensors import FloatName
-
-Part = Literal["unet", "vision", "decoder"]
-PARTS: tuple[Part, ...] = ("unet", "vision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +65,16 @@ def build(
     dtype: Any,
     parts: tuple[Part, ...] = PARTS,
     init_from: str | None = None,
+    train_only: tuple[str, ...] = (),
 ) -> objective.Objective:
     """The objective over the cached latents of orbit data sets; activations are `dtype`.
 
     The generator takes the autoencoder's settings from its folder. Encodes every data set whose
-    latents are not kept from before. Only `parts` learn; the others are those of `init_from`.
-    Raises `UserError` where that cannot be.
+    latents are not kept from before. Only `parts` learn, and of them only weights whose paths match
+    `train_only`, if given; the others are those of `init_from`. Raises `UserError` where that
+    cannot be.
     """
-    _check_parts(parts, perceptual_config, init_from)
+    learning.check(parts, train_only, perceptual_config.weight > 0.0, init_from)
     opened = cached.open_autoencoder(latents, dtype)
     # The perceptual term decodes frames alone, and so must whoever uses what learnt from it.
     alone = opened.config.frames_alone or "decoder" in parts
@@ -86,25 +86,20 @@ def build(
 
     preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
 
-    def load(path: Path, names: tuple[Part, ...] = parts) -> Params:
-        found = nnx.to_pure_dict(model_folder.load(path).params)
-        found["decoder"] = found["autoencoder"]["decoder"]
-        return {name: found[name] for name in names}
+    def load(path: Path) -> Params:
+        return learning.split(learning.load(path, parts), train_only)[0]
 
-    def init(key: jax.Array, names: tuple[Part, ...] = parts) -> Params:
-        rngs = nnx.Rngs(key)
-        modules = {
-            "unet": unet.VideoUNet(model.unet, dtype=dtype, rngs=rngs),
-            "vision": clip.VisionTransformer(model.vision, dtype=dtype, rngs=rngs),
-        }
-        made = {name: nnx.to_pure_dict(nnx.state(module)) for name, module in modules.items()}
-        made["decoder"] = jax.tree.map(jnp.asarray, opened.params["decoder"])
-        return {name: made[name] for name in names}
+    def init(key: jax.Array) -> Params:
+        others = tuple(name for name in parts if name != "decoder")
+        made = learning.random(model, dtype, key, others)
+        if "decoder" in parts:
+            made["decoder"] = jax.tree.map(jnp.asarray, opened.params["decoder"])
+        return learning.split(made, train_only)[0]
 
-    rest = {}
-    if left := tuple(name for name in PARTS if name not in parts):
-        abstract = jax.eval_shape(functools.partial(init, names=left), jax.random.key(0))
-        rest = objective.fit(load(Path(init_from), left), abstract, init_from)
+    rest = abstract_rest(model, dtype, parts, train_only)
+    if rest:
+        found = learning.resting(learning.load(Path(init_from), tuple(rest)), parts, train_only)
+        rest = objective.fit(found, rest, init_from)
     networks = perceptual.load(perceptual_config, model.frame_size)
     pictures = perceptual_config.pictures
     if pictures > data.loader.num_frames:
@@ -113,29 +108,12 @@ def build(
         )
     frozen = Frozen(opened.params, networks, rest)
 
-    def merged(params: Params, frozen: Frozen) -> generator.Generator:
-        return pipeline.networks(settings, whole(params, frozen))
-
-    def measure(params: Params, frozen: Frozen) -> generator.Generator:
-        """With the decoder that does not learn, for clean latents."""
-        return merged({**params, "decoder": frozen.autoencoder["decoder"]}, frozen)
-
-    def loss(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
-        return video_loss(
-            merged(params, frozen),
-            batch,
-            key,
-            loss_config,
-            condition_config,
-            None if frozen.lpips is None else (frozen.lpips, perceptual_config),
-            measure(params, frozen) if "decoder" in parts and not pictures else None,
-        )
-
     def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
-        condition = make_condition(merged(params, frozen), batch, key, condition_config)
+        merged = pipeline.networks(settings, whole(params, frozen))
+        condition = make_condition(merged, batch, key, condition_config)
         images, psnr = samples(settings, whole(params, frozen), batch, condition, key)
         clips = batch["latents"].astype(jnp.float32)
-        losses = fixed_noise_loss(merged(params, frozen), clips, condition, key, loss_config)
+        losses = fixed_noise_loss(merged, clips, condition, key, loss_config)
         return images, {"psnr": psnr, "loss": losses}
 
     def export(path: Path, params: Params, metadata: dict[str, Any], dtype: FloatName) -> None:
@@ -145,7 +123,7 @@ def build(
     return objective.Objective(
         init=init,
         load=load,
-        loss=loss,
+        loss=make_loss(settings, loss_config, perceptual_config, condition_config, parts),
         frozen=frozen,
         clips=clips,
         preview=preview,
@@ -156,27 +134,54 @@ def build(
     )
 
 
+def make_loss(
+    settings: pipeline.Settings,
+    loss_config: edm.LossConfig,
+    perceptual_config: PerceptualConfig,
+    condition_config: ConditionConfig,
+    parts: tuple[Part, ...],
+) -> Loss:
+    """`video_loss` as a function of what learns, what is `Frozen`, a batch and a key."""
+
+    def loss(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
+        measure = None
+        if "decoder" in parts and not perceptual_config.pictures:
+            # With the decoder that does not learn, for clean latents.
+            decoder = frozen.autoencoder["decoder"]
+            measure = pipeline.networks(settings, whole({**params, "decoder": decoder}, frozen))
+        return video_loss(
+            pipeline.networks(settings, whole(params, frozen)),
+            batch,
+            key,
+            loss_config,
+            condition_config,
+            None if frozen.lpips is None else (frozen.lpips, perceptual_config),
+            measure,
+        )
+
+    return loss
+
+
+def abstract_rest(
+    model: generator.GeneratorConfig,
+    dtype: Any,
+    parts: tuple[Part, ...],
+    train_only: tuple[str, ...],
+) -> Params:
+    """Shapes of what does not learn of UNet and tower, and of a decoder that learns in part."""
+    names = (*(name for name in PARTS if name not in parts), *(parts if train_only else ()))
+
+    def made(key: jax.Array) -> Params:
+        return learning.resting(learning.random(model, dtype, key, names), parts, train_only)
+
+    return jax.eval_shape(made, jax.random.key(0))
+
+
 def whole(params: Params, frozen: Frozen) -> Params:
     """The generator's weights: those that learn, and those that do not."""
-    networks = {**frozen.rest, **params}
+    networks = learning.join(frozen.rest, params)
     decoder = networks.pop("decoder", frozen.autoencoder["decoder"])
     return {**networks, "autoencoder": {**frozen.autoencoder, "decoder": decoder}}
-
-
-def _check_parts(
-    parts: tuple[Part, ...], perceptual_config: PerceptualConfig, init_from: str | None
-) -> None:
-    if not parts or len(set(parts)) != len(parts):
-        raise errors.UserError("--parts: name unet, vision or decoder, each once")
-    if "decoder" in parts and perceptual_config.weight <= 0.0:
-        raise errors.UserError(
-            "--parts decoder learns from decoded frames: set --perceptual.weight"
-        )
-    left = [name for name in PARTS if name not in parts]
-    if left and init_from is None:
-        raise errors.UserError(
-            f"--parts leaves out {' and '.join(left)}: name a model that has it in --run.init-from"
-        )
 
 
 def video_loss(
@@ -196,7 +201,8 @@ def video_loss(
     """
     loss_key, augment_key, frames_key = jax.random.split(key, 3)
     condition = make_condition(model, batch, augment_key, condition_config)
-    loss, seen = edm.edm_loss(model.unet, batch["latents"], condition, loss_key, loss_config)
+    network = sharding.split_clips(model.unet)
+    loss, seen = edm.edm_loss(network, batch["latents"], condition, loss_key, loss_config)
     # Whether a change helps shows first where there is much noise, or little.
     noisy = seen.log_sigma > loss_config.p_mean
     found = {

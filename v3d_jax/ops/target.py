@@ -1,0 +1,31 @@
+"""The platform that a program is traced for: the default backend's, unless another is named.
+
+A function that has an implementation a platform asks here, so that a program can be compiled ahead
+of time for a platform that is not at hand.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_named: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform() -> str:
+    """Such as "cpu", "gpu" or "tpu"; starts the default backend only where none is named."""
+    return _named.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """What is traced in this block is for `platform`.
+
+    Compiled functions that were traced before keep what they were traced for.
+    """
+    token = _named.set(platform)
+    try:
+        yield
+    finally:
+        _named.reset(token)
