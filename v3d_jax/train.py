@@ -1,8 +1,9 @@
-"""Trains a model: `python -m v3d_jax.train configs/mini.py [--overrides]`.
+"""Trains a model: `python -m v3d_jax.train configs/mini.py [--overrides] [--plan v5e-256]`.
 
 The same loop trains the autoencoder and the video model; the config gives it the objective. The
 device is never waited for between two logged steps: metrics stay on it until then. A run that is
 stopped (SIGTERM, Ctrl-C, `--run.time-limit`) saves and goes on where it was when called again.
+With `--plan` nothing is trained: the step is compiled for a machine that need not be here.
 """
 
 import collections
@@ -21,8 +22,10 @@ from v3d_jax import __version__, checkpoint, config, errors, state
 from v3d_jax.data import loader
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import multihost, sharding
-from v3d_jax.training import record
+from v3d_jax.training import plan, record
 from v3d_jax.training.objective import Objective, fit
+
+PLAN = "--plan"
 
 
 def train(settings: config.TrainConfig) -> state.TrainState:
@@ -197,8 +200,24 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    """Parses the command line and trains."""
-    train(config.load(sys.argv[1:]))
+    """Parses the command line; trains, or with `--plan TOPOLOGY` says whether a step would fit.
+
+    The exit status of a plan that does not fit is 2.
+    """
+    arguments = sys.argv[1:]
+    if PLAN not in arguments:
+        train(config.load(arguments))
+        return
+    place = arguments.index(PLAN)
+    if place + 1 == len(arguments):
+        raise errors.UserError(f"{PLAN} needs the name of a topology, such as v5e-256")
+    name = arguments[place + 1]
+    # Whatever accelerators are here, the plan is made without them.
+    jax.config.update("jax_platforms", "cpu")
+    planned = plan.make(config.load(arguments[:place] + arguments[place + 2 :]), name)
+    say(plan.report(planned))
+    if not planned.fits:
+        sys.exit(errors.USER_ERROR_STATUS)
 
 
 def cli() -> None:
