@@ -33,7 +33,9 @@ config = VideoTrainConfig(
         autoencoder="models/svd_xt", cache=CacheConfig(image_size=256, orbits_per_call=1)
     ),
     loss=LossConfig(p_mean=1.5, p_std=2.0, drop_context=0.2, drop_latent=0.2),
-    condition=ConditionConfig(augment_mean=-3.0, augment_std=0.5, fps_id=1.0, motion_bucket_id=300),
+    condition=ConditionConfig(
+        augment_mean=-3.0, augment_std=0.5, fps_id=1.0, motion_bucket_id=300.0
+    ),
     # A preview samples on every device the same clips, in more memory than a step.
     data=DataConfig(previews=0, loader=LoaderConfig(batch_size=256, num_frames=18)),
     optim=OptimConfig(lr=1e-4, warmup=1, decay="constant", weight_decay=0.01, clip=1.0, ema=0.9999),

@@ -109,6 +109,8 @@ class AutoencoderTrainConfig:
 
     def objective(self) -> objective.Objective:
         """Opens the data, and the weights of LPIPS."""
+        if self.mesh.frames > 1:
+            raise errors.UserError("--mesh.frames is for video models: here clips are not split")
         return autoencoder.build(self.model, self.loss, self.data, jnp.dtype(self.dtype))
 
 

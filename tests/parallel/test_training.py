@@ -83,7 +83,7 @@ def batch() -> dict[str, np.ndarray]:
 
 @functools.cache
 def gradients(levels: int, devices: int, fsdp: int, frames: int = 1, remat: str = "none"):
-    """Loss, the gradient's norm and the gradient of some of the weights, in numpy."""
+    """Loss, the gradient's norm, the gradient in numpy, and the FLOPs of one device."""
     mesh = meshes.make(meshes.MeshConfig(fsdp=fsdp, devices=devices, frames=frames))
     _, params, frozen = model(levels)
     placements = sharding.weights(params, mesh, small=2**10)
@@ -116,18 +116,23 @@ def gradients(levels: int, devices: int, fsdp: int, frames: int = 1, remat: str 
     split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
     assert bool(split) == (fsdp > 1)
     resting = video.Frozen(frozen, None, {})
-    value, norm, grads = step(placed, resting, sharding.put_batch(batch(), mesh), jax.random.key(0))
-    return float(value), float(norm), jax.tree.map(np.asarray, grads)
+    arguments = (placed, resting, sharding.put_batch(batch(), mesh), jax.random.key(0))
+    compiled = step.lower(*arguments).compile()
+    value, norm, grads = compiled(*arguments)
+    work = compiled.cost_analysis()["flops"]
+    return float(value), float(norm), jax.tree.map(np.asarray, grads), work
 
 
 def assert_equal_to_one_device(levels: int, *layout):
-    value, norm, grads = gradients(levels, 1, 1)
-    sharded_value, sharded_norm, sharded_grads = gradients(levels, *layout)
+    value, norm, grads, work = gradients(levels, 1, 1)
+    sharded_value, sharded_norm, sharded_grads, share = gradients(levels, *layout)
     assert norm > 0
     assert sharded_value == pytest.approx(value, rel=1e-5)
     assert sharded_norm == pytest.approx(norm, rel=1e-5)
     difference = jax.tree.map(np.subtract, sharded_grads, grads)
     assert float(optax.tree.norm(difference)) < 1e-5 * norm
+    # An eighth, and as much as a third of it again where blocks are recomputed.
+    assert share < 0.25 * work
     # The image tower is trained through the UNet.
     assert float(optax.tree.norm(grads["vision"])) > 1e-4 * norm
 

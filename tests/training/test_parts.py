@@ -15,8 +15,11 @@ from flax import nnx
 from v3d_jax import config, errors, train
 from v3d_jax.data.loader import LoaderConfig
 from v3d_jax.diffusion.sampler import SamplingConfig
+from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.state import OptimConfig
+from v3d_jax.training import parts as learned
+from v3d_jax.training import plan, video
 from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.perceptual import PerceptualConfig
@@ -97,6 +100,8 @@ def test_the_parts_that_are_named_move_and_no_others(files, tmp_path, monkeypatc
         ({"parts": ("decoder",), "perceptual": PerceptualConfig()}, "set --perceptual.weight"),
         ({"parts": ("vision",), "init_from": None}, "leaves out unet: name a model that has it"),
         ({"parts": ("decoder",), "init_from": None}, "leaves out unet and vision"),
+        ({"train_only": ("unet.*",), "init_from": None}, "--train-only leaves weights out"),
+        ({"train_only": ("unet.ears.*",), "perceptual": PerceptualConfig()}, "names no weight"),
         (
             {"perceptual": dataclasses.replace(PERCEPTUAL, target="pictures", frames=4)},
             "--perceptual.frames 4: a clip has 3 frames",
@@ -114,3 +119,50 @@ def test_resting_parts_of_another_size_are_refused(files, tmp_path):
     chosen = settings(files, tmp_path, parts=("vision",), perceptual=PerceptualConfig())
     with pytest.raises(errors.UserError, match="model is a model of another size"):
         dataclasses.replace(chosen, model=wider).objective()
+
+
+def test_weights_that_learn_and_those_that_rest_make_the_whole(files, tmp_path):
+    """Gradients, moments and averages are of what matches; all else is read from the model."""
+    chosen = settings(
+        files,
+        tmp_path,
+        parts=("unet",),
+        train_only=("unet.*.temporal.*",),
+        perceptual=PerceptualConfig(),
+    )
+    objective = chosen.objective()
+    learning = objective.load(files / "model")
+    names = set(folder.flatten(learning))
+    assert names
+    assert all(name.startswith("unet.") and ".temporal." in name for name in names)
+    begun = jax.eval_shape(objective.init, jax.random.key(0))
+    assert set(folder.flatten(begun)) == names
+    whole = folder.flatten(video.whole(learning, objective.frozen))
+    expected = folder.flatten(folder.load(files / "model").params)
+    assert whole.keys() == expected.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(whole[name], leaf, err_msg=name)
+    # What a plan assumes of data and resting weights is what a run has.
+    planned = plan.abstract_frozen(chosen), plan.inputs(chosen)
+    batch = next(train.batches_ahead(objective, chosen.data.loader, meshes.make(chosen.mesh), 0))[0]
+    for abstract, found in zip(planned, (objective.frozen, batch), strict=True):
+        assert jax.tree.structure(abstract) == jax.tree.structure(found)
+        shapes = [jax.tree.map(np.shape, tree) for tree in (abstract, found)]
+        assert shapes[0] == shapes[1]
+    types = [{name: leaf.dtype for name, leaf in tree.items()} for tree in (planned[1], batch)]
+    assert types[0] == types[1]
+
+
+def test_names_that_no_weight_has_and_trees_that_overlap():
+    tree = {"unet": {"mid": {"kernel": 1, "bias": 2}, "out": 3}}
+    assert learned.split(tree, ()) == (tree, {})
+    chosen, left = learned.split(tree, ("*.kernel", "unet.out"))
+    assert chosen == {"unet": {"mid": {"kernel": 1}, "out": 3}}
+    assert left == {"unet": {"mid": {"bias": 2}}}
+    assert learned.join(chosen, left) == tree
+    with pytest.raises(
+        errors.UserError, match=r"--train-only \*.scale names no weight; .*unet.mid"
+    ):
+        learned.split(tree, ("*.kernel", "*.scale"))
+    with pytest.raises(ValueError, match="same weight"):
+        learned.join(chosen, tree)

@@ -95,7 +95,9 @@ def _repeats(name: str, params: dict[str, Any]) -> int:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        # Newer JAX calls them newly_manual_axes.
+        axes = next(value for key, value in params.items() if key.endswith("manual_axes"))
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
     return 1
 
 
@@ -142,11 +144,12 @@ def _turns(computations: dict[str, list[str]]) -> Count:
 
 def _result_bytes(found: re.Match[str]) -> int:
     arrays = [_array_bytes(*array) for array in _ARRAY.findall(found["shape"])]
-    if found["start"] and found["kind"] in ("all-gather", "collective-permute"):
-        # Operands, as many results, and for permutations two counters.
-        arrays = [size for size in arrays if size > 4] if found["kind"] != "all-gather" else arrays
-        arrays = arrays[len(arrays) // 2 :]
-    return sum(arrays)
+    if not found["start"] or found["kind"] == "all-reduce":
+        return sum(arrays)
+    # What starts gives its operands, as many results, and for permutations two counters.
+    counters = 2 if found["kind"] == "collective-permute" and len(arrays) > 2 else 0
+    arrays = arrays[: len(arrays) - counters]
+    return sum(arrays[len(arrays) // 2 :])
 
 
 def _array_bytes(kind: str, shape: str) -> int:

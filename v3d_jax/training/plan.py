@@ -85,7 +85,7 @@ def measure(settings: config.VideoTrainConfig, wanted: Topology, devices: Any) -
     try:
         step = traced.lower(lowering_platforms=(devices[0].platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
-        compiled, temporaries = False, _needed(error) - sum(memory)
+        compiled, temporaries = False, _temporaries(error, sum(memory))
     else:
         used = step.memory_analysis()
         outputs = max(used.output_size_in_bytes - used.alias_size_in_bytes, 0)
@@ -188,13 +188,17 @@ def report(plan: Plan) -> str:
     return "\n".join([*lines, verdict])
 
 
-_SIZES = re.compile(r"(?:Used|temporaries) \(?([\d.]+)([KMGT])\)? (?:of|exceeds)")
+_SIZES = re.compile(r"(Used|temporaries) \(?([\d.]+)([KMGT])\)? (?:of|exceeds)")
 
 
-def _needed(error: Exception) -> int:
-    """Bytes that a compiler said a program would take, from its refusal; re-raises others."""
+def _temporaries(error: Exception, arguments: int) -> int:
+    """Bytes that a compiler said a program would take besides its arguments, from its refusal.
+
+    Re-raises errors that say nothing of memory.
+    """
     text = str(error)
     found = _SIZES.search(text)
     if "RESOURCE_EXHAUSTED" not in text or found is None:
         raise error
-    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+    size = int(float(found[2]) * 1024 ** ("KMGT".index(found[3]) + 1))
+    return size - arguments if found[1] == "Used" else size

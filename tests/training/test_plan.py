@@ -1,0 +1,227 @@
+"""Plans of training steps: what they count, what they say, and what they refuse."""
+
+import dataclasses
+import os
+import re
+import runpy
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_generator
+
+from v3d_jax import config, errors, train
+from v3d_jax.data.loader import LoaderConfig
+from v3d_jax.nn import generator
+from v3d_jax.parallel import topology
+from v3d_jax.parallel.mesh import MeshConfig
+from v3d_jax.parallel.program import Collective
+from v3d_jax.state import OptimConfig
+from v3d_jax.training import parts, plan
+from v3d_jax.training.objective import DataConfig
+
+ROOT = Path(__file__).parents[2]
+TINY = config.VideoTrainConfig(
+    model=tiny_generator.CONFIG,
+    data=DataConfig(loader=LoaderConfig(batch_size=8, num_frames=3)),
+    dtype="float32",
+)
+GB = 10**9
+
+
+def recipe(name: str) -> config.VideoTrainConfig:
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["config"]
+
+
+def test_the_recipe_is_that_of_the_release():
+    first, second = recipe("v3d_512_9frames"), recipe("v3d_512")
+    for settings, frames in ((first, 9), (second, 18)):
+        assert settings.model.num_frames == settings.data.loader.num_frames == frames
+        assert settings.parts == ("unet",)
+        assert (settings.loss.p_mean, settings.loss.p_std) == (1.5, 2.0)
+        assert (settings.loss.drop_context, settings.loss.drop_latent) == (0.2, 0.2)
+        rebuilt = dataclasses.replace(settings.model.unet, remat=False)
+        assert rebuilt == generator.V3D_512.unet
+    assert Path(second.run.init_from).parent == Path(first.run.dir)
+
+
+def test_the_state_of_the_recipe_is_shared_out():
+    """All of the UNet learns, 1.52 billion weights of 4 bytes; the tower has no moments."""
+    settings = recipe("v3d_512")
+    key = jax.random.key(0)
+    abstract = jax.eval_shape(
+        lambda: parts.random(settings.model, jnp.bfloat16, key, settings.parts)
+    )
+    assert list(abstract) == ["unet"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert count == pytest.approx(1.525e9, rel=1e-3)
+    frozen = plan.abstract_frozen(settings)
+    assert list(frozen.rest) == ["vision"]
+    assert frozen.lpips is None
+
+
+REPORT = plan.Plan(
+    topology=topology.find("v5e-4"),
+    mesh={"data": 1, "fsdp": 4, "frames": 1},
+    clips=4,
+    memory=plan.Memory(1 * GB, 2 * GB, 1 * GB, GB // 2, 0, 3 * GB),
+    flops=1.97e12,
+    collectives=[Collective("all-gather", 3, 2 * GB)],
+    compiled=True,
+)
+
+
+def test_a_plan_says_what_fits():
+    text = plan.report(REPORT)
+    assert "v5e-4: 4 chips as data 1 x fsdp 4 x frames 1; 4 clips a step" in text
+    assert re.search(r"sum +7\.500 of 16\.911", text)
+    assert "1.97 TFLOP, 0.010 s at its peak of 197 TFLOP/s" in text
+    assert "all-gather: 3 a step, 2.000 GB" in text
+    assert text.endswith("\nfits")
+    full = REPORT._replace(memory=REPORT.memory._replace(temporaries=13 * GB))
+    assert plan.report(full).endswith("\ndoes not fit")
+    refused = REPORT._replace(compiled=False)
+    assert plan.report(refused).endswith("\ndoes not fit: the compiler ran out of memory")
+    graphics = REPORT._replace(topology=topology.find("h100-4"))
+    assert "estimated: temporaries and collectives" in plan.report(graphics)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.",
+         20.5 * 2**30 - GB),
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (480.00M) exceeds "
+         "available HBM (15.75G).", 480 * 2**20),
+    ],
+)  # fmt: skip
+def test_a_refusal_for_memory_is_read(message, needed):
+    assert plan._temporaries(jax.errors.JaxRuntimeError(message), GB) == needed
+
+
+def test_another_refusal_is_not_swallowed():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        plan._temporaries(jax.errors.JaxRuntimeError("INTERNAL: of 4G"), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": MeshConfig(fsdp=3)}, "8 devices cannot be split into groups of 3"),
+        ({"mesh": MeshConfig(frames=2)}, "3 frames cannot be split over 2 devices"),
+        ({"optim": OptimConfig(accumulate=2)}, "8 clips in 2 parts cannot be split"),
+        ({"parts": ("unet",)}, "leaves out vision: name a model"),
+        ({"train_only": ("unet.*",)}, "--train-only leaves weights out"),
+    ],
+)
+def test_settings_that_cannot_be_planned_are_one_line(changes, message):
+    with pytest.raises(errors.UserError, match=message) as refused:
+        plan.measure(dataclasses.replace(TINY, **changes), topology.find("v5e-8"), jax.devices())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/debug.py", "--plan", "v5e-7"], "unknown topology v5e-7: choose one of v5e-4"),
+        (["configs/debug_vae.py", "--plan", "v5e-4"], "--plan is for video models"),
+        (["configs/debug.py", "--plan"], "--plan needs the name of a topology"),
+    ],
+)
+def test_the_command_refuses_in_one_line_with_status_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        train.cli()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("temporaries", "status"), [(1, None), (20 * GB, 2)])
+def test_the_status_says_whether_it_fits(temporaries, status, monkeypatch, capsys):
+    memory = REPORT.memory._replace(temporaries=temporaries)
+    made = REPORT._replace(memory=memory)
+    monkeypatch.setattr(plan, "make", lambda settings, name: made)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train", "configs/debug.py", "--plan", "v5e-4"])
+    if status is None:
+        train.main()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            train.main()
+        assert ended.value.code == status
+    assert capsys.readouterr().out == plan.report(made) + "\n"
+
+
+@pytest.mark.slow
+def test_a_plan_counts_what_a_step_takes():
+    """Compiled for the devices that are here: twice the clips are twice the work."""
+    first, second = (
+        plan.measure(
+            dataclasses.replace(
+                TINY,
+                mesh=MeshConfig(fsdp=2),
+                data=DataConfig(loader=LoaderConfig(batch_size=clips, num_frames=3)),
+            ),
+            topology.find("v5e-8"),
+            jax.devices(),
+        )
+        for clips in (8, 16)
+    )
+    assert second.flops == pytest.approx(2 * first.flops, rel=0.05)
+    assert second.memory.temporaries > first.memory.temporaries
+    assert second.memory.batch == 2 * first.memory.batch
+    assert first.memory.optimizer == pytest.approx(2 * first.memory.parameters, abs=8)
+    assert first.memory.average == first.memory.parameters
+    assert {"all-gather", "all-reduce"} & {one.kind for one in first.collectives}
+    assert first.fits
+
+
+# ---- The table of docs/training.md ----
+
+ROW = re.compile(r"^\| `(?P<command>configs/\S+ [^`]*--plan \S+)` \|(?P<cells>.*)\|$", re.MULTILINE)
+
+
+def rows() -> list[tuple[str, list[str]]]:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    return [
+        (found["command"], [cell.strip() for cell in found["cells"].split("|")])
+        for found in ROW.finditer(text)
+    ]
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("command", "cells"), rows(), ids=lambda value: str(value)[:60])
+def test_the_table_of_plans_is_reproduced(command, cells):
+    """State, temporaries, work and verdict as the command prints them, temporaries within 5%."""
+    if util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install '.[tpu-aot]'")
+    result = subprocess.run(
+        [sys.executable, "-m", "v3d_jax.train", *command.split()],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    state, temporaries, work, verdict = cells
+    assert result.returncode == (0 if verdict == "fits" else 2), result.stderr[-3000:]
+    numbers = dict(re.findall(r"^  (\w+) +([\d.]+)", result.stdout, re.MULTILINE))
+    lasting = sum(
+        float(numbers[name]) for name in ("parameters", "optimizer", "average", "frozen", "batch")
+    )
+    np.testing.assert_allclose(lasting, float(state), atol=0.006)
+    np.testing.assert_allclose(float(numbers["temporaries"]), float(temporaries), rtol=0.05)
+    found = re.search(r"step: ([\d.]+) TFLOP", result.stdout)
+    np.testing.assert_allclose(float(found[1]), float(work), rtol=0.01)
+
+
+def test_the_table_has_rows():
+    assert len(rows()) >= 4
