@@ -11,14 +11,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny_generator
+from jax.sharding import AbstractMesh
 
-from v3d_jax import config, errors, train
+from v3d_jax import config, errors, state, train
 from v3d_jax.data.loader import LoaderConfig
 from v3d_jax.nn import generator
-from v3d_jax.parallel import topology
+from v3d_jax.parallel import mesh as meshes
+from v3d_jax.parallel import program, sharding, topology
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.parallel.program import Collective
 from v3d_jax.state import OptimConfig
@@ -51,18 +52,26 @@ def test_the_recipe_is_that_of_the_release():
 
 
 def test_the_state_of_the_recipe_is_shared_out():
-    """All of the UNet learns, 1.52 billion weights of 4 bytes; the tower has no moments."""
+    """All of the UNet learns, 1.52 billion weights; the sums are those of docs/training.md."""
     settings = recipe("v3d_512")
-    key = jax.random.key(0)
-    abstract = jax.eval_shape(
-        lambda: parts.random(settings.model, jnp.bfloat16, key, settings.parts)
-    )
-    assert list(abstract) == ["unet"]
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+    def fresh(key):
+        made = parts.random(settings.model, jnp.bfloat16, key, settings.parts)
+        return state.create(made, state.optimizer(settings.optim))
+
+    begun, frozen = jax.eval_shape(fresh, jax.random.key(0)), plan.abstract_frozen(settings)
+    assert list(begun.params) == ["unet"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(begun.params))
     assert count == pytest.approx(1.525e9, rel=1e-3)
-    frozen = plan.abstract_frozen(settings)
     assert list(frozen.rest) == ["vision"]
     assert frozen.lpips is None
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for fsdp, gigabytes in ((64, "0.447"), (16, "1.727"), (8, "3.432")):
+        mesh = AbstractMesh((1, fsdp, 1), meshes.AXES)
+        lasting = (begun, frozen)
+        size = program.bytes_per_device(lasting, sharding.weights(lasting, mesh))
+        assert f"{size / GB:.3f}" == gigabytes
+        assert gigabytes in text
 
 
 REPORT = plan.Plan(
@@ -184,44 +193,26 @@ def test_a_plan_counts_what_a_step_takes():
     assert first.fits
 
 
-# ---- The table of docs/training.md ----
-
-ROW = re.compile(r"^\| `(?P<command>configs/\S+ [^`]*--plan \S+)` \|(?P<cells>.*)\|$", re.MULTILINE)
-
-
-def rows() -> list[tuple[str, list[str]]]:
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    return [
-        (found["command"], [cell.strip() for cell in found["cells"].split("|")])
-        for found in ROW.finditer(text)
-    ]
-
-
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize(("command", "cells"), rows(), ids=lambda value: str(value)[:60])
-def test_the_table_of_plans_is_reproduced(command, cells):
-    """State, temporaries, work and verdict as the command prints them, temporaries within 5%."""
+@pytest.mark.parametrize("topology_name", ["v5e-4", "v6e-4", "v5p-8", "h100-4"])
+def test_the_command_plans_for_machines_that_are_not_here(topology_name):
+    """The smallest model on all axes; its weights are split, its frames gathered in layers."""
     if util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install '.[tpu-aot]'")
+    arguments = "--mesh.fsdp 2 --mesh.frames 2 --data.loader.num-frames 2 --model.num-frames 2"
+    command = ["configs/debug.py", *arguments.split(), "--plan", topology_name]
     result = subprocess.run(
-        [sys.executable, "-m", "v3d_jax.train", *command.split()],
+        [sys.executable, "-m", "v3d_jax.train", *command],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=3600,
+        timeout=1800,
     )
-    state, temporaries, work, verdict = cells
-    assert result.returncode == (0 if verdict == "fits" else 2), result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"{topology_name}: 4 chips as data 1 x fsdp 2 x frames 2" in result.stdout
+    assert "all-gather: " in result.stdout
     numbers = dict(re.findall(r"^  (\w+) +([\d.]+)", result.stdout, re.MULTILINE))
-    lasting = sum(
-        float(numbers[name]) for name in ("parameters", "optimizer", "average", "frozen", "batch")
-    )
-    np.testing.assert_allclose(lasting, float(state), atol=0.006)
-    np.testing.assert_allclose(float(numbers["temporaries"]), float(temporaries), rtol=0.05)
-    found = re.search(r"step: ([\d.]+) TFLOP", result.stdout)
-    np.testing.assert_allclose(float(found[1]), float(work), rtol=0.01)
-
-
-def test_the_table_has_rows():
-    assert len(rows()) >= 4
+    assert float(numbers["optimizer"]) == pytest.approx(2 * float(numbers["parameters"]), abs=0.002)
+    assert 0 < float(numbers["temporaries"]) < 1
+    assert result.stdout.endswith("fits\n")

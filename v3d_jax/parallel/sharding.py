@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from v3d_jax import errors
@@ -32,7 +32,7 @@ def rule(shape: tuple[int, ...], fsdp: int, small: int = SMALL) -> PartitionSpec
     return PartitionSpec(*(None,) * chosen, mesh_axes.FSDP)
 
 
-def weights(abstract: Any, mesh: Mesh, small: int = SMALL) -> Any:
+def weights(abstract: Any, mesh: Mesh | AbstractMesh, small: int = SMALL) -> Any:
     """The rule over a tree of arrays or abstract arrays, such as a whole train state."""
     fsdp = mesh.shape[mesh_axes.FSDP]
     return jax.tree.map(
