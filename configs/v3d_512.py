@@ -3,8 +3,8 @@
 Command:  python -m v3d_jax.convert svd_xt.safetensors models/svd_xt
           python -m v3d_jax.train configs/v3d_512_9frames.py --data.path data/orbits
           python -m v3d_jax.train configs/v3d_512.py --data.path data/orbits
-          (before that, without data: add --plan v5e-256; docs/training.md has other machines)
-Hardware: meant for TPU v5e-256, one clip a chip; neither compiled for it nor run on it
+          (before that, without data: add --plan v5e-256, as in docs/training.md)
+Hardware: written for TPU v5e-256, one clip a chip; by its plan it does not fit
 Hours:    not run
 Result:   not run
 

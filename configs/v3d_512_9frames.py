@@ -2,7 +2,7 @@
 
 Command:  python -m v3d_jax.train configs/v3d_512_9frames.py --data.path data/orbits
           (all commands: configs/v3d_512.py)
-Hardware: meant for TPU v5e-256, one clip a chip; neither compiled for it nor run on it
+Hardware: written for TPU v5e-256, one clip a chip; neither compiled for it nor run on it
 Hours:    not run
 Result:   not run
 

@@ -115,11 +115,8 @@ def test_cross_attention_to_one_token_is_computed_once_a_run(key):
     assert len(of_tokens(whole)) == 2
 
 
-def test_weights_held_in_bfloat16_give_the_same_bits(
-    params, image, fast_orbit, key, tmp_path, monkeypatch
-):
+def test_weights_held_in_bfloat16_give_the_same_bits(params, image, orbit, key, tmp_path):
     """A norm's scale rounded too would show, and a kernel left in float32 weighs twice."""
-    monkeypatch.setattr(pipeline, "_image_to_orbit", fast_orbit)
     folder.save(tmp_path / "tiny", tiny_generator.CONFIG, SAMPLING, params)
     model = pipeline.load(tmp_path / "tiny", activations="bfloat16")
     held = folder.flatten(model.params)
@@ -127,7 +124,7 @@ def test_weights_held_in_bfloat16_give_the_same_bits(
     assert len(large) > 30
     assert {leaf.dtype for leaf in large.values()} == {jnp.dtype(jnp.bfloat16)}
     frames = pipeline.generate_orbit(model, image, key)
-    wide = fast_orbit(model.settings, params, image, key)
+    wide = orbit(model.settings, params, image, key)
     np.testing.assert_array_equal(frames, wide)
 
 
