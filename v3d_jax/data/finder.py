@@ -23,11 +23,15 @@ Lend = Callable[[np.random.Generator], surface.Mesh]
 
 
 class Entry(NamedTuple):
-    """One object, not read yet; `load` raises `objects.UnreadableMesh`."""
+    """One object, not read yet; `load` raises `objects.UnreadableMesh`.
+
+    `file` is the mesh file or catalogue that a parser will read it from, in any process.
+    """
 
     name: str
     split: str
     load: Callable[[], surface.Mesh]
+    file: Path | None = None
 
 
 def find(paths: Sequence[Path], heldout: Iterable[str] | None = None) -> list[Entry]:
@@ -62,16 +66,24 @@ def find(paths: Sequence[Path], heldout: Iterable[str] | None = None) -> list[En
 
 
 def lender(entries: Sequence[Entry]) -> Lend:
-    """A function that gives a random readable training mesh; there must be one."""
+    """A function that gives a random readable training mesh.
+
+    It raises `objects.UnreadableMesh` when it has found that none can be read.
+    """
     training = [entry for entry in entries if entry.split == "train"]
     load = functools.lru_cache(LENDABLE)(lambda place: training[place].load())
+    unreadable: set[int] = set()
 
     def lend(rng: np.random.Generator) -> surface.Mesh:
-        while True:
-            try:
-                return load(int(rng.integers(len(training))))
-            except objects.UnreadableMesh:
+        while len(unreadable) < len(training):
+            place = int(rng.integers(len(training)))
+            if place in unreadable:
                 continue
+            try:
+                return load(place)
+            except objects.UnreadableMesh:
+                unreadable.add(place)
+        raise objects.UnreadableMesh("a mesh to borrow from", "none can be read")
 
     return lend
 
@@ -87,7 +99,7 @@ def _entries(path: Path, name: str) -> list[Entry]:
     """What one file holds; `name` is the object's if it holds just one."""
     suffix = path.suffix.lower()
     if suffix in objects.SUFFIXES:
-        return [Entry(name, "train", functools.partial(objects.load, path))]
+        return [Entry(name, "train", functools.partial(objects.load, path), path)]
     if suffix == CATALOGUE:
         return _catalogue(path)
     try:
@@ -110,7 +122,7 @@ def _catalogue(path: Path) -> list[Entry]:
     for entry in entries:  # a model that is listed twice is one object
         found.setdefault(
             entry.identity,
-            Entry(entry.identity, "train", functools.partial(objects.load_entry, entry)),
+            Entry(entry.identity, "train", functools.partial(objects.load_entry, entry), path),
         )
     return list(found.values())
 
