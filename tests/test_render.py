@@ -68,8 +68,10 @@ def test_every_object_is_there_in_its_split(rendered):
     assert (train.views, train.size) == (VIEWS, SIZE)
     assert said == [
         f"3 objects, 5 orbits (1 in heldout, 4 in train): {out}",
-        "1 unreadable, left out: broken",
+        f"1 objects left out: {out}/skipped.csv",
     ]
+    rows = (out / "skipped.csv").read_text().splitlines()
+    assert rows == ["object,reason", "broken,unreadable: no triangles"]
 
 
 def test_held_out_objects_are_plain(rendered):

@@ -1,23 +1,24 @@
 """Meshes to an orbit data set: `python -m v3d_jax.render MESHES... --out DIR`.
 
 MESHES are mesh files, folders that are searched for them, furniture catalogues (.sh3f) and packed
-collections. DIR becomes a TFDS data set for `v3d_jax.train`. Meshes that cannot be read are named
-and left out.
+collections. DIR becomes a TFDS data set for `v3d_jax.train`. Meshes that cannot be read or show
+nothing are named in DIR/skipped.csv and left out. When it was stopped, or killed, the same command
+goes on where it was.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
 
 from v3d_jax import errors
-from v3d_jax.data import finder, objects, orbits, solids, turntable
-
-_Record = tuple[str, orbits.Orbit]
+from v3d_jax.data import finder, objects, orbits, quality, reading, solids, turntable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,63 +28,116 @@ class RenderArgs:
     meshes: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Mesh files, folders, .sh3f catalogues or packed collections."""
     out: Path
-    """Folder to make; it must not exist."""
+    """Folder to make; it must not exist, or have been made by the same command."""
     turntable: Annotated[turntable.TurntableConfig, tyro.conf.arg(name="")]
+    quality: Annotated[quality.QualityConfig, tyro.conf.arg(name="")]
+    reading: Annotated[reading.ReadConfig, tyro.conf.arg(name="")]
     solids: int = 0
     """Procedural objects to render besides, with textures lent from the training meshes."""
     split: Literal["all", "train", "heldout"] = "all"
     """Which objects to render; each goes into the split of its own."""
     heldout: Path | None = None
     """Text file of the held-out objects' names, one a line; collections know theirs."""
+    part: str = "1/1"
+    """Which part of the objects to render, as in 2/8, each into an --out of its own."""
     workers: int = 0
-    """Threads that read meshes and encode pictures; 0 for one a core."""
+    """Threads that have meshes read and encode pictures; 0 for one a core."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, renders, and reports what was made and what was left out."""
     args = tyro.cli(RenderArgs, args=argv, prog="python -m v3d_jax.render", description=__doc__)
+    _check(args)
+    lenders = finder.find(args.meshes, _names(args.heldout))
+    with reading.Readers(args.reading, args.quality) as readers:
+        lenders = [readers.guarded(entry) for entry in lenders]
+        lenders += solids.entries(args.solids, lenders)
+        first, step = _part(args.part)
+        entries = [entry for entry in lenders if args.split in ("all", entry.split)][first::step]
+        if not entries:
+            raise errors.UserError(f"no object is in split {args.split!r} and part {args.part}")
+        made_from = _made_from(args, entries)
+        if args.out.exists() and orbits.made_from(args.out) == made_from:
+            print(f"{args.out} is complete already")
+        else:
+            _render(args, entries, lenders, made_from)
+
+
+def _render(
+    args: RenderArgs,
+    entries: Sequence[finder.Entry],
+    lenders: Sequence[finder.Entry],
+    made_from: dict[str, Any],
+) -> None:
+    """Renders what is not there yet, and completes the data set."""
     config = args.turntable
-    _check(config, args.workers, args.solids)
-    orbits.check_destination(args.out)
-    entries = finder.find(args.meshes, _names(args.heldout))
-    entries += solids.entries(args.solids, entries)
-    entries = [entry for entry in entries if args.split in ("all", entry.split)]
-    if not entries:
-        raise errors.UserError(f"none of the objects is in split {args.split!r}")
-    skipped: list[str] = []
-    with tqdm(desc="rendering", unit="view", total=turntable.count(entries, config)) as bar:
+    size = {"views": config.views, "size": config.size}
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(orbits.Writer(args.out, **size, made_from=made_from))
+        left = [entry for entry in entries if entry.name not in writer.skipped]
+        wanted = sum(turntable.orbits_of(entry, config) for entry in left)
+        if writer.done or writer.skipped:
+            print(f"going on: {len(writer.done)} orbits are there, {wanted} wanted")
+        bar = tqdm(desc="rendering", unit="orbit", total=wanted, initial=len(writer.done))
+        stack.enter_context(bar)
 
-        def unreadable(entry: finder.Entry, error: objects.UnreadableMesh) -> None:
-            skipped.append(entry.name)
-            bar.total -= turntable.count([entry], config)
-            bar.write(f"unreadable: {error}", file=sys.stderr)
+        def leave_out(entry: finder.Entry, error: objects.UnreadableMesh) -> None:
+            kind = "" if isinstance(error, quality.Refused) else "unreadable: "
+            writer.skip(entry.name, f"{kind}{error.reason}")
+            bar.total -= turntable.orbits_of(entry, config)
+            bar.write(f"left out: {entry.name}: {kind}{error.reason}", file=sys.stderr)
 
-        records = turntable.render(entries, config, unreadable, workers=args.workers)
-        counts = orbits.build(
-            args.out, _counted(records, bar), views=config.views, size=config.size
-        )
+        for split, orbit in turntable.render(
+            left,
+            config,
+            leave_out,
+            accepts=args.quality,
+            done=writer.done,
+            lenders=lenders,
+            workers=args.workers,
+        ):
+            writer.add(split, orbit)
+            bar.update()
+        counts = writer.finish(entry.name for entry in entries)
     made = ", ".join(f"{number} in {split}" for split, number in sorted(counts.items()))
-    print(f"{len(entries) - len(skipped)} objects, {counts.total()} orbits ({made}): {args.out}")
-    if skipped:
-        print(f"{len(skipped)} unreadable, left out: {', '.join(skipped)}")
+    kept = len(entries) - len(writer.skipped)
+    print(f"{kept} objects, {counts.total()} orbits ({made}): {args.out}")
+    if writer.skipped:
+        print(f"{len(writer.skipped)} objects left out: {args.out / orbits.SKIPPED}")
 
 
-def _counted(records: Iterator[_Record], bar: tqdm) -> Iterator[_Record]:
-    for split, orbit in records:
-        yield split, orbit
-        bar.update(len(orbit.frames))
+def _made_from(args: RenderArgs, entries: Sequence[finder.Entry]) -> dict[str, Any]:
+    """What decides the records: the settings, and the objects' names, splits and files' sizes."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        size = 0 if entry.file is None else entry.file.stat().st_size
+        digest.update(f"{entry.name}\0{entry.split}\0{size}\0".encode())
+    settings = {**dataclasses.asdict(args.turntable), **dataclasses.asdict(args.quality)}
+    return {"settings": settings, "objects": digest.hexdigest(), "part": args.part}
 
 
-def _check(config: turntable.TurntableConfig, workers: int, solid_count: int) -> None:
+def _part(text: str) -> tuple[int, int]:
+    """The first object of a part such as 2/8, and how far it is to the next."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise errors.UserError(f"--part {text}: write which part of how many, as in 2/8")
+    return int(number) - 1, int(parts)
+
+
+def _check(args: RenderArgs) -> None:
+    config = args.turntable
     least = {"views": 1, "size": 1, "supersample": 1, "variants": 1, "elevation_jitter": 0}
     for name, low in least.items():
         if getattr(config, name) < low:
             raise errors.UserError(f"--{name.replace('_', '-')} must be at least {low}")
     if config.elevation_jitter >= 90:
         raise errors.UserError("--elevation-jitter must be below 90 degrees")
-    for name, number in (("workers", workers), ("solids", solid_count)):
-        if number < 0:
+    for name in ("workers", "solids"):
+        if getattr(args, name) < 0:
             raise errors.UserError(f"--{name} must be at least 0")
+    for name, number in dataclasses.asdict(args.reading).items():
+        if number <= 0:
+            raise errors.UserError(f"--{name.replace('_', '-')} must be above 0")
 
 
 def _names(path: Path | None) -> list[str]:

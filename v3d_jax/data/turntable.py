@@ -8,10 +8,11 @@ copy depends on the other training objects as well, which lend it textures and c
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt8
 
-from v3d_jax.data import augment, finder, objects, orbits, png
+from v3d_jax.data import augment, finder, objects, orbits, png, quality
 from v3d_jax.mesh import rasterize, shade, surface
 from v3d_jax.ops import binning
 from v3d_jax.ops import camera as cameras
@@ -81,9 +82,9 @@ class _Job(NamedTuple):
     scene: futures.Future  # of a _Scene
 
 
-def count(entries: Sequence[finder.Entry], config: TurntableConfig) -> int:
-    """How many views `render` makes if every object can be read."""
-    return config.views * sum(_variants(entry, config) for entry in entries)
+def orbits_of(entry: finder.Entry, config: TurntableConfig) -> int:
+    """How many orbits `render` makes of an object that can be read."""
+    return 1 if entry.split == "heldout" else config.variants
 
 
 def render(
@@ -91,30 +92,46 @@ def render(
     config: TurntableConfig,
     unreadable: Callable[[finder.Entry, objects.UnreadableMesh], None],
     *,
+    accepts: quality.QualityConfig | None = None,
+    done: Collection[tuple[str, int]] = (),
+    lenders: Sequence[finder.Entry] | None = None,
     workers: int = 0,
 ) -> Iterator[tuple[str, orbits.Orbit]]:
-    """Yields (split, orbit) for every object and variant; a few per worker are in memory.
+    """Yields (split, orbit) for every object and variant that is not `done`.
 
-    `unreadable` is called for every object that cannot be read, which is then left out. `workers`
-    threads read and as many encode (0: one a core).
+    `unreadable` is called for every object that cannot be read or whose frames, as it is, are not
+    what `accepts` wants; it is then left out, copies included. Augmented copies borrow from
+    `lenders`, or from `entries`. `workers` threads read and as many encode (0: one a core); a few
+    orbits per worker are in memory.
     """
     workers = workers or os.cpu_count() or 1
     readers, encoders = (futures.ThreadPoolExecutor(workers) for _ in range(2))
 
     def encoding() -> Iterator[tuple[finder.Entry, futures.Future]]:
-        for job in _ahead(_jobs(entries, config, readers), workers + 2):
+        lend = finder.lender(entries if lenders is None else lenders)
+        for job in _ahead(_jobs(entries, config, readers, lend, done), workers + 2):
             try:
-                scene = job.scene.result()
+                with _memory(job.entry):
+                    scene = job.scene.result()
+                    pictures = _pictures(*scene[:6])
             except objects.UnreadableMesh as error:
-                if job.variant == 0:
-                    unreadable(job.entry, error)
+                yield job.entry, _failed(error)
                 continue
-            pictures = _pictures(*scene[:6])
-            yield job.entry, encoders.submit(_record, job.entry, job.variant, scene, pictures)
+            record = encoders.submit(_record, job.entry, job.variant, scene, pictures, accepts)
+            yield job.entry, record
 
+    left_out = set()
     try:
         for entry, record in _ahead(encoding(), workers):
-            yield entry.split, record.result()
+            if entry.name in left_out:
+                continue
+            try:
+                orbit = record.result()
+            except objects.UnreadableMesh as error:
+                left_out.add(entry.name)
+                unreadable(entry, error)
+                continue
+            yield entry.split, orbit
     finally:
         for pool in (readers, encoders):
             pool.shutdown(cancel_futures=True)
@@ -130,18 +147,35 @@ def _ahead(items: Iterator[_T], depth: int) -> Iterator[_T]:
     yield from taken
 
 
-def _variants(entry: finder.Entry, config: TurntableConfig) -> int:
-    return 1 if entry.split == "heldout" else config.variants
+def _failed(error: Exception) -> futures.Future:
+    future = futures.Future()
+    future.set_exception(error)
+    return future
+
+
+@contextlib.contextmanager
+def _memory(entry: finder.Entry) -> Iterator[None]:
+    """Leaves an object out that the device's memory is too small for."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        raise quality.Refused(entry.name, "the device's memory is too small for it") from error
 
 
 def _jobs(
-    entries: Sequence[finder.Entry], config: TurntableConfig, pool: futures.Executor
+    entries: Sequence[finder.Entry],
+    config: TurntableConfig,
+    pool: futures.Executor,
+    lend: finder.Lend,
+    done: Collection[tuple[str, int]],
 ) -> Iterator[_Job]:
     """Starts reading an object, and preparing its variants, when its first one is asked for."""
-    lend = finder.lender(entries)
     for entry in entries:
-        mesh = pool.submit(entry.load)
-        for variant in range(_variants(entry, config)):
+        variants = [v for v in range(orbits_of(entry, config)) if (entry.name, v) not in done]
+        mesh = pool.submit(entry.load) if variants else None
+        for variant in variants:
             yield _Job(entry, variant, pool.submit(_scene, mesh, entry, variant, config, lend))
 
 
@@ -248,12 +282,19 @@ def _pictures(
 
 
 def _record(
-    entry: finder.Entry, variant: int, scene: _Scene, pictures: tuple[jax.Array, jax.Array]
+    entry: finder.Entry,
+    variant: int,
+    scene: _Scene,
+    pictures: tuple[jax.Array, jax.Array],
+    accepts: quality.QualityConfig | None,
 ) -> orbits.Orbit:
-    """Fetches an orbit's pictures and encodes them."""
-    rgba, overflow = (np.asarray(x) for x in pictures)
+    """Fetches an orbit's pictures, looks whether they are good, and encodes them."""
+    with _memory(entry):
+        rgba, overflow = (np.asarray(x) for x in pictures)
     if overflow:
         raise RuntimeError(f"{entry.name}: the rasterizer's capacities are too small")
+    if accepts is not None and variant == 0:
+        quality.check_frames(entry.name, rgba, accepts)
     return orbits.Orbit(
         name=entry.name,
         variant=variant,
