@@ -159,6 +159,15 @@ def test_the_time_limit_saves_and_ends_before_the_first_step(data, tmp_path):
     assert int(train.train(settings(data, run)).step) == 8
 
 
+def test_a_trace_is_written_where_it_is_asked_for(data, tmp_path):
+    run = tmp_path / "run"
+    train.train(settings(data, run, steps=13, profile_steps=2))
+    (trace,) = (run / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    train.train(settings(data, tmp_path / "none", steps=2))
+    assert not (tmp_path / "none" / "profile").exists()
+
+
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "log.csv"
     table = record.Table(path, 0)

@@ -34,8 +34,8 @@ from v3d_jax.weights import settings
 class RunConfig:
     """How long a run lasts and what it writes.
 
-    The folder `dir` takes config.json, log.csv, previews.csv, samples/ and checkpoints/, and at
-    the end model/. Calling again continues from the newest checkpoint. A run may be cut into
+    The folder `dir` takes config.json, log.csv, previews.csv, samples/ and checkpoints/, profile/
+    where it is asked for, and at the end model/. Calling again continues from the newest checkpoint. A run may be cut into
     pieces: after `time_limit` seconds, or on SIGTERM, it saves and ends.
     """
 
@@ -50,6 +50,7 @@ class RunConfig:
     export: str | None = None  # write the averaged weights here whenever the run ends
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     init_from: str | None = None  # start from this exported model's weights
+    profile_steps: int = 0  # trace so many steps, from the tenth on, into profile/
     accept_changes: bool = False  # continue although settings changed
 
 

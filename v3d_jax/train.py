@@ -86,8 +86,10 @@ def train(settings: config.TrainConfig) -> state.TrainState:
             contextlib.closing(batches_ahead(objective, settings.data.loader, mesh, first))
         )
 
+        trace = stack.enter_context(record.Trace(folder / "profile", run.profile_steps))
         step = start
         while step < run.steps and not stop.requested(ask=step % run.log_every == 0):
+            trace.advance(step - start, train_state)
             batch, orbits = next(batches)
             # A numpy scalar, because every process puts it on devices of its own.
             now = np.float32(rate(step))

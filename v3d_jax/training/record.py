@@ -60,6 +60,40 @@ class StopRequest:
         self._previous = {}
 
 
+class Trace:
+    """A profile of some `steps` of a run, by the main process; TensorBoard and Perfetto read it.
+
+    The first steps are left out: they compile.
+    """
+
+    FIRST = 10
+
+    def __init__(self, folder: Path, steps: int):
+        self._folder, self._end = folder, self.FIRST + steps
+        self._wanted, self._tracing = steps > 0 and multihost.is_main(), False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def advance(self, count: int, state: Any) -> None:
+        """Tells that the step after `count` others comes next; `state` is what they made."""
+        if self._wanted and count == self.FIRST:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        elif self._tracing and count == self._end:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+
+
 class Record:
     """Writes a run's tables and grids and shows its progress; only the main process does.
 
