@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny_generator
 import trimesh
+from flax import nnx
 from PIL import Image
 
 from v3d_jax import errors, render
 from v3d_jax.data import orbits, turntable
+from v3d_jax.diffusion.sampler import SamplingConfig
+from v3d_jax.weights import folder
 
 PROGRAM = """
 import os, signal, sys
@@ -195,6 +200,21 @@ def test_a_part_is_what_it_is_in_the_whole(objects, unbroken, tmp_path):
         assert wanted[orbit.name, orbit.variant] == orbit.frames
     with pytest.raises(errors.UserError, match="--part 3/2: write which part of how many"):
         render.main(arguments(objects, tmp_path / "none", "--part", "3/2"))
+
+
+def test_latents_are_written_beside_a_complete_data_set(objects, unbroken, tmp_path, capsys):
+    out, model = tmp_path / "set", tmp_path / "model"
+    shutil.copytree(unbroken, out)
+    params = nnx.to_pure_dict(tiny_generator.params())
+    folder.save(model, tiny_generator.CONFIG, SamplingConfig(steps=1), params)
+    render.main(arguments(objects, out, "--latents", str(model), "--dtype", "float32"))
+    assert capsys.readouterr().out == f"{out} is complete already\n"
+    (latents,) = out.glob("latents-*/latents.npy")
+    assert np.load(latents).shape == (14, 3, 8, 8, 4)
+    (tokens,) = out.glob("tokens-*/tokens.npy")
+    assert np.load(tokens).shape == (14, 3, 1, 8)
+    with pytest.raises(errors.UserError, match="nowhere is no autoencoder"):
+        render.main(arguments(objects, out, "--latents", str(tmp_path / "nowhere")))
 
 
 def test_two_commands_do_not_write_the_same_data_set(tmp_path):

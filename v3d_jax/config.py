@@ -35,8 +35,9 @@ class RunConfig:
     """How long a run lasts and what it writes.
 
     The folder `dir` takes config.json, log.csv, previews.csv, samples/ and checkpoints/, profile/
-    where it is asked for, and at the end model/. Calling again continues from the newest checkpoint. A run may be cut into
-    pieces: after `time_limit` seconds, or on SIGTERM, it saves and ends.
+    where it is asked for, and at the end model/. Calling again continues from the newest
+    checkpoint. A run may be cut into pieces: after `time_limit` seconds, or on SIGTERM, it saves
+    and ends.
     """
 
     dir: str = "runs/mini"

@@ -3,7 +3,8 @@
 MESHES are mesh files, folders that are searched for them, furniture catalogues (.sh3f) and packed
 collections. DIR becomes a TFDS data set for `v3d_jax.train`. Meshes that cannot be read or show
 nothing are named in DIR/skipped.csv and left out. When it was stopped, or killed, the same command
-goes on where it was.
+goes on where it was. With `--latents MODEL` what a training of MODEL needs of the frames is
+computed as well.
 """
 
 import contextlib
@@ -14,11 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import tyro
 from tqdm import tqdm
 
 from v3d_jax import errors
-from v3d_jax.data import finder, objects, orbits, quality, reading, solids, turntable
+from v3d_jax.data import finder, latents, objects, orbits, quality, reading, solids, turntable
+from v3d_jax.training import cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,12 @@ class RenderArgs:
     """Text file of the held-out objects' names, one a line; collections know theirs."""
     part: str = "1/1"
     """Which part of the objects to render, as in 2/8, each into an --out of its own."""
+    image_size: int = latents.CacheConfig.image_size
+    """Pixels of the input views kept beside latents; training asks for latents.cache.image-size."""
+    latents: str | None = None
+    """Model folder whose autoencoder and pooled image tower encode the frames for training."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations when encoding."""
     workers: int = 0
     """Threads that have meshes read and encode pictures; 0 for one a core."""
 
@@ -61,6 +70,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.out} is complete already")
         else:
             _render(args, entries, lenders, made_from)
+    if args.latents is not None:
+        config = cached.CachedLatentsConfig(cache=latents.CacheConfig(args.image_size))
+        cached.write(args.out, args.latents, config, jnp.dtype(args.dtype))
 
 
 def _render(

@@ -42,7 +42,7 @@ def test_meshes_are_refused_only_where_the_settings_say_so(changes, mesh, reason
     [
         (frames(0.0, 0, 255), "its frames are empty"),
         (frames(0.02, 0, 255), "it covers 2.00% of its frames"),
-        (frames(0.5, 128, 130), r"its frames have one colour \(contrast 0\.00"),
+        (frames(0.5, 128, 128), r"its frames have one colour \(contrast 0\.0000"),
     ],
 )
 def test_frames_that_show_nothing_are_refused(frames, reason):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,10 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentCache:
-    """All orbits of a split as arrays, beside their source; `loader.PicturedClips`."""
+    """All orbits of a split as arrays, beside their source; `loader.PicturedClips`.
+
+    `tokens` are what an image tower that does not learn makes of every view.
+    """
 
     latents: Float16[np.ndarray, "n v h w c"]
     images: UInt8[np.ndarray, "n v s s 3"]
@@ -49,6 +52,7 @@ class LatentCache:
     elevations: Float32[np.ndarray, " n"]
     names: list[str]
     source: orbits.Source
+    tokens: Float32[np.ndarray, "n v k d"] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -59,8 +63,13 @@ class LatentCache:
         return self.latents.shape[1]
 
     def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
-        """Latents and azimuths of frames `order` of orbit `index`, and the first one's picture."""
+        """Latents and azimuths of frames `order` of orbit `index`, and the first one's picture.
+
+        If there are tokens, the first one's as well.
+        """
+        tokens = {} if self.tokens is None else {"tokens": self.tokens[index, order[0]]}
         return {
+            **tokens,
             "latents": self.latents[index, order],
             "image": self.images[index, order[0]],
             "azimuth": self.azimuths[index, order],
@@ -100,7 +109,7 @@ def open_or_encode(
     }
     if folder is None:
         return encode_orbits(source, encode, config)
-    path = folder / f"latents-{_digest(key)[:16]}"
+    path = folder / f"latents-{short_digest(key)}"
     if path.is_dir():
         return load(path, key, source)
     cache = encode_orbits(source, encode, config)
@@ -124,7 +133,7 @@ def encode_orbits(source: orbits.Source, encode: Encode, config: CacheConfig) ->
     latents, names = None, []
     groups = range(0, count, config.orbits_per_call)
     with tqdm(total=count, desc="encoding", unit="orbit", smoothing=0.05) as bar:
-        for first, (records, frames, small) in zip(groups, _decoded(source, config), strict=True):
+        for first, (records, frames, small) in zip(groups, decoded(source, config), strict=True):
             result = encode(frames.reshape(-1, *frames.shape[2:]))
             part = slice(first, first + len(records))
             images[part] = small
@@ -168,16 +177,29 @@ def fingerprint(params: Any) -> str:
 
 
 def write(path: Path, cache: LatentCache, key: dict[str, Any]) -> None:
-    """Saves a cache as a folder of .npy files, aside first; `key` says what it was made from.
+    """Saves a cache; `key` says what it was made from."""
+    save_arrays(path, {name: getattr(cache, name) for name in ARRAYS}, key, cache.names)
+
+
+def load(path: Path, key: dict[str, Any], source: orbits.Source) -> LatentCache:
+    """Reads a saved cache of `source` into memory; errors as in `load_arrays`."""
+    arrays, names = load_arrays(path, ARRAYS, key)
+    return LatentCache(**arrays, names=names, source=source)
+
+
+def save_arrays(
+    path: Path, arrays: dict[str, np.ndarray], key: dict[str, Any], names: list[str]
+) -> None:
+    """Saves arrays of a row an orbit as a folder of .npy files, aside first.
 
     Where another process has saved the same meanwhile, its folder stays.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
-        for name in ARRAYS:
-            np.save(aside / f"{name}.npy", getattr(cache, name))
-        (aside / "key.json").write_text(json.dumps({"key": key, "names": cache.names}))
+        for name, array in arrays.items():
+            np.save(aside / f"{name}.npy", array)
+        (aside / "key.json").write_text(json.dumps({"key": key, "names": names}))
         aside.rename(path)
     except OSError as error:
         if path.is_dir():
@@ -187,23 +209,25 @@ def write(path: Path, cache: LatentCache, key: dict[str, Any]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load(path: Path, key: dict[str, Any], source: orbits.Source) -> LatentCache:
-    """Reads a saved cache of `source` into memory.
+def load_arrays(
+    path: Path, wanted: Iterable[str], key: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What `save_arrays` saved: arrays and names of orbits.
 
     Raises UserError when it is damaged, or was not made from what `key` describes.
     """
     try:
         saved = json.loads((path / "key.json").read_text())
-        arrays = {name: np.load(path / f"{name}.npy") for name in ARRAYS}
+        arrays = {name: np.load(path / f"{name}.npy") for name in wanted}
         found, names = saved["key"], saved["names"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise errors.UserError(f"{path} is damaged ({error}); remove it and run again") from error
     if found != key or any(len(array) != len(names) for array in arrays.values()):
         raise errors.UserError(f"{path} belongs to other data or weights; remove it and run again")
-    return LatentCache(**arrays, names=names, source=source)
+    return arrays, names
 
 
-def _decoded(
+def decoded(
     source: orbits.Source, config: CacheConfig
 ) -> Iterator[tuple[list[orbits.Orbit], np.ndarray, np.ndarray]]:
     """Groups of records, their frames [orbits_per_call, v, h, w, 3] and the records' small ones.
@@ -231,5 +255,6 @@ def _decoded(
             yield list(records), np.stack([*frames, *white]), np.stack(small)
 
 
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+def short_digest(key: dict[str, Any]) -> str:
+    """A name for what was made from `key`."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

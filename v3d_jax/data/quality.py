@@ -26,7 +26,7 @@ class QualityConfig:
     """Of an object without textures: least difference of a colour's channels, in [0, 1]."""
     min_cover: float = 0.002
     """Least share of the frames' pixels that the object covers."""
-    min_contrast: float = 0.01
+    min_contrast: float = 0.001
     """Least deviation of the object's pixels from their mean colour, in [0, 1]."""
 
 
@@ -57,7 +57,7 @@ def check_mesh(name: str, mesh: surface.Mesh, config: QualityConfig) -> None:
 
 def check_frames(name: str, frames: UInt8[np.ndarray, "v h w 4"], config: QualityConfig) -> None:
     """Raises `Refused` for an orbit that shows nothing, next to nothing, or one colour."""
-    seen = frames[..., 3] > 127
+    seen = frames[..., 3] > 0  # glass is seen as well
     if not seen.any():
         raise Refused(name, "its frames are empty")
     cover = seen.mean()

@@ -229,6 +229,11 @@ def load(path: Path) -> tuple[autoencoder.AutoencoderConfig, Params]:
     return config, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
+def is_generator(path: Path) -> bool:
+    """Whether a folder that `load` reads holds a whole generator."""
+    return _read_config(path).get("format") == model_folder.FORMAT
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -156,6 +156,8 @@ def inputs(settings: config.VideoTrainConfig) -> dict[str, jax.ShapeDtypeStruct]
         "elevation": ((), jnp.float32),
         "index": ((), jnp.int32),
     }
+    if video.keeps_tokens(settings.model, settings.latents, settings.parts):
+        shapes["tokens"] = ((1, settings.model.vision.output_dim), jnp.float32)
     if pictures:
         height, width = settings.model.frame_size
         shapes["pictures"] = ((pictures, height, width, 3), jnp.uint8)

@@ -79,12 +79,7 @@ def build(
     # The perceptual term decodes frames alone, and so must whoever uses what learnt from it.
     alone = opened.config.frames_alone or "decoder" in parts
     model = _with_autoencoder(model, dataclasses.replace(opened.config, frames_alone=alone))
-    sources, heldout = objective.train_sources(data), objective.heldout_source(data)
-    clips = loader.JoinedClips([opened.latents(source) for source in sources])
-    heldout_clips = None if heldout is None else opened.latents(heldout)
     settings = pipeline.Settings(model, sampling, activations=jnp.dtype(dtype).name)
-
-    preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
 
     def load(path: Path) -> Params:
         return learning.split(learning.load(path, parts), train_only)[0]
@@ -100,6 +95,16 @@ def build(
     if rest:
         found = learning.resting(learning.load(Path(init_from), tuple(rest)), parts, train_only)
         rest = objective.fit(found, rest, init_from)
+
+    sources, heldout = objective.train_sources(data), objective.heldout_source(data)
+    shown = [] if heldout is None else [heldout]
+    caches = [opened.latents(source) for source in (*sources, *shown)]
+    if keeps_tokens(model, latents, parts):
+        caches = cached.add_tokens(caches, model.vision, rest["vision"], latents, dtype)
+    clips = loader.JoinedClips(caches[: len(sources)])
+    heldout_clips = caches[-1] if shown else None
+    preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
+
     networks = perceptual.load(perceptual_config, model.frame_size)
     pictures = perceptual_config.pictures
     if pictures > data.loader.num_frames:
@@ -132,6 +137,13 @@ def build(
         export=export,
         pictures=pictures,
     )
+
+
+def keeps_tokens(
+    model: generator.GeneratorConfig, latents: CachedLatentsConfig, parts: tuple[Part, ...]
+) -> bool:
+    """Whether batches hold the image tower's vectors, so that it need not run."""
+    return latents.tokens and "vision" not in parts and model.vision.output == "pooled"
 
 
 def make_loss(
@@ -244,6 +256,8 @@ def make_condition(
 ) -> guidance.Condition:
     """Tokens of the input view, its latent and the scalars, as `pipeline.encode_condition`.
 
+    The tokens are the batch's, where a tower that does not learn has made them.
+
     The latent is the posterior's mean: scaled, or for a model told of `cond_aug` not scaled and
     with noise. The batch's latents are scaled. Raises `UserError` for a scalar that the data do
     not give.
@@ -257,7 +271,10 @@ def make_condition(
         level = jnp.exp(config.augment_mean + config.augment_std * drawn)
         first = first / model.config.autoencoder.scale_factor
         first = first + level[:, None, None, None] * jax.random.normal(noise_key, first.shape)
-    view = image.to_network(batch["image"].astype(jnp.float32) / 255.0)
+    if "tokens" in batch:
+        tokens = batch["tokens"]
+    else:
+        tokens = model.vision(image.to_network(batch["image"].astype(jnp.float32) / 255.0))
     values = scalars(batch, level, config)
     unknown = sorted(set(wanted.scalars) - set(values))
     if unknown:
@@ -265,7 +282,7 @@ def make_condition(
             f"training knows no scalar {', '.join(unknown)}; it has {', '.join(sorted(values))}"
         )
     vector = conditioner.vector(wanted, {name: values[name] for name in wanted.scalars})
-    return guidance.Condition(model.vision(view), first, vector)
+    return guidance.Condition(tokens, first, vector)
 
 
 def scalars(
