@@ -26,7 +26,7 @@ class QualityConfig:
     """Of an object without textures: least difference of a colour's channels, in [0, 1]."""
     min_cover: float = 0.002
     """Least share of the frames' pixels that the object covers."""
-    min_contrast: float = 0.001
+    min_contrast: float = 0.0
     """Least deviation of the object's pixels from their mean colour, in [0, 1]."""
 
 
