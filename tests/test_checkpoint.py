@@ -1,6 +1,9 @@
 """Checkpoints: to the bit, onto another mesh, a part alone, and in small files."""
 
 import contextlib
+import gc
+import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +99,59 @@ def test_keeps_the_last_ones(tmp_path, step):
             saved.save(current, {"global_next_index": count})  # the same step: nothing to do
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["2", "3"]
+
+
+# Orbax leaves coroutines behind where one part cannot be read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize("part", ["ema/d", "params/ocdbt.process_0/d"])
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_good(tmp_path, step, part):
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
+        first, _ = step(fresh())
+        kept = host(first)
+        saved.save(first, {"global_next_index": 1})
+        second, _ = step(first)
+        saved.save(second, {"global_next_index": 2})
+    for file in (tmp_path / "2" / part).iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with (
+        contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved,
+        pytest.raises(errors.UserError, match=r"^checkpoint 2 cannot be read") as caught,
+    ):
+        saved.restore(abstract())
+    gc.collect()
+    message = str(caught.value)
+    assert message.endswith(f": remove {tmp_path / '2'} to go on from checkpoint 1")
+    assert "\n" not in message
+    shutil.rmtree(tmp_path / "2")
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
+        assert_equal(saved.restore(abstract()).state, kept)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, step):
+    first, _ = step(fresh())
+    kept = host(first)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
+        saved.save(first, {"global_next_index": 1})
+    saved = checkpoint.Checkpoints(tmp_path)
+    second, _ = step(first)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file may become larger
+
+    def save_and_wait():
+        saved.save(second, {"global_next_index": 2})
+        saved.close()
+
+    try:
+        with pytest.raises(errors.UserError, match=r"^cannot write a checkpoint to ") as caught:
+            save_and_wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value).endswith("the run goes on from checkpoint 1")
+    assert "\n" not in str(caught.value)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
+        assert saved.latest == 1
+        assert_equal(saved.restore(abstract()).state, kept)
 
 
 def test_files_stay_small(tmp_path):

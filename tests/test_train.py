@@ -294,6 +294,17 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
     assert "none" in message
 
 
+def test_a_damaged_record_ends_training_in_one_line(tmp_path):
+    """Found by a thread that reads ahead; what was saved before stays."""
+    path = synthetic_orbits.build(tmp_path / "data")
+    shard = next(path.rglob("*train*array_record-00000"))
+    data = bytearray(shard.read_bytes())
+    data[8000:8064] = bytes(64)  # in one of the records behind those that are previewed
+    shard.write_bytes(data)
+    with pytest.raises(errors.UserError, match=r"record \d+ of 'train' in .* is damaged"):
+        train.train(settings(path, tmp_path / "run", steps=20))
+
+
 def test_data_sets_are_joined_and_must_agree(data, tmp_path):
     other = synthetic_orbits.build(tmp_path / "other", train=3, heldout=0)
     config = objective.DataConfig(path=(str(data), str(other)))

@@ -6,7 +6,9 @@ under its name only when complete. No file in it is larger than 12 MiB. The trai
 NamedTuple of `step` and those three, as in `v3d_jax.state`.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +51,18 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, state: Any, loader: dict[str, int]) -> None:
-        """Starts writing; returns once the arrays are copied, so that they may be donated."""
+        """Starts writing; returns once the arrays are copied, so that they may be donated.
+
+        Raises `UserError` where this checkpoint or the one before cannot be written; those that are
+        complete stay as they are.
+        """
         step = int(state.step)
         if step == self.latest:
             return
         parts = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
         meta = {"step": step, "loader": dict(loader)}
-        self._checkpointer.save_checkpointables_async(step, {**parts, "meta": meta})
+        with self._writing():
+            self._checkpointer.save_checkpointables_async(step, {**parts, "meta": meta})
 
     def restore(self, abstract: Any, step: int | None = None) -> Restored:
         """The newest checkpoint, or the given step's, placed as `abstract`'s shardings say.
@@ -83,19 +90,43 @@ class Checkpoints:
         return self._load({"ema": abstract}, step)["ema"]
 
     def close(self) -> None:
-        """Waits for the checkpoint being written."""
-        self._checkpointer.close()
+        """Waits for the checkpoint being written; errors as in `save`."""
+        with self._writing():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore makes a ValueError of a full disk
+            where = self._checkpointer.directory
+            raise errors.UserError(
+                f"cannot write a checkpoint to {where} ({_line(error)}); make room and call again: "
+                f"the run goes on from checkpoint {self.latest}"
+            ) from error
 
     def _load(self, parts: dict[str, Any], step: int | None) -> dict[str, Any]:
         step = self.latest if step is None else step
         if step not in [known.step for known in self._checkpointer.checkpoints]:
             where = self._checkpointer.directory
             raise errors.UserError(f"{where} holds no checkpoint{f' {step}' if step else ''}")
-        stored = self._checkpointer.checkpointables_metadata(step).metadata
-        for name, abstract in parts.items():
-            if abstract is not None:
-                _check(f"checkpoint {step}, {name}", stored[name], abstract)
-        return self._checkpointer.load_checkpointables(step, parts)
+        try:
+            stored = self._checkpointer.checkpointables_metadata(step).metadata
+            for name, abstract in parts.items():
+                if abstract is not None:
+                    _check(f"checkpoint {step}, {name}", stored[name], abstract)
+            return self._checkpointer.load_checkpointables(step, parts)
+        except errors.UserError:
+            raise
+        except Exception as error:  # Orbax fails on damaged files in many ways
+            raise errors.UserError(self._damaged(step, error)) from error
+
+    def _damaged(self, step: int, error: Exception) -> str:
+        known = sorted(other.step for other in self._checkpointer.checkpoints)
+        before = [other for other in known if other < step]
+        then = f"go on from checkpoint {before[-1]}" if before else "start anew"
+        folder = Path(str(self._checkpointer.directory)) / str(step)
+        return f"checkpoint {step} cannot be read ({_line(error)}): remove {folder} to {then}"
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
@@ -122,6 +153,8 @@ def _context() -> v1.Context:
 def _check(where: str, stored: Any, wanted: Any) -> None:
     """Compares names and shapes; Orbax's own message for a mismatch names neither."""
     stored, wanted = _shapes(stored), _shapes(wanted)
+    if not stored:  # what Orbax makes of an index that it cannot read
+        raise ValueError(f"{where} is empty")
     differing = [
         f"{name} is {stored.get(name, 'missing')}, the settings make it {shape}"
         for name, shape in wanted.items()
@@ -131,6 +164,12 @@ def _check(where: str, stored: Any, wanted: Any) -> None:
     if differing:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise errors.UserError(f"{where}: {'; '.join(differing[:4])}{more}")
+
+
+def _line(error: Exception) -> str:
+    """The start of a message that may be pages long."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

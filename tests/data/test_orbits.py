@@ -81,6 +81,21 @@ def test_wrong_places_are_refused_in_one_line(tmp_path, orbit_folder):
         orbits.check_destination(file / "set")
 
 
+def test_a_damaged_record_is_one_line(tmp_path, noise_orbits):
+    path = tmp_path / "set"
+    torn = noise_orbits[1]._replace(frames=[b"no picture", *noise_orbits[1].frames[1:]])
+    orbits.build(path, [("train", noise_orbits[0]), ("train", torn)], views=6, size=16)
+    with pytest.raises(errors.UserError, match=f"a frame of '{torn.name}' is damaged"):
+        orbits.pixels(orbits.source(path)[1], [1, 0])
+    shard = next(path.rglob("*.array_record-00000"))
+    data = bytearray(shard.read_bytes())
+    data[300:364] = bytes(64)  # inside the first record
+    shard.write_bytes(data)
+    with pytest.raises(errors.UserError, match=r"record 0 of 'train' in .* is damaged") as caught:
+        orbits.source(path)[0]
+    assert "\n" not in str(caught.value)
+
+
 PROGRAM = """
     import sys
     from pathlib import Path

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int, UInt8
 
 from v3d_jax import errors
-from v3d_jax.data import orbits, png
+from v3d_jax.data import orbits
 
 # uint8 [b, h, w, 3] on white -> latents [b, h / 8, w / 8, c]; always called with the same b.
 Encode = Callable[[np.ndarray], Any]
@@ -79,8 +79,7 @@ class LatentCache:
 
     def pictures(self, index: int, views: Int[np.ndarray, " k"]) -> UInt8[np.ndarray, "k h w 3"]:
         """Views of orbit `index`, decoded on white."""
-        frames = self.source[index].frames
-        return np.stack([png.decode_on_white(frames[view]) for view in views])
+        return orbits.pixels(self.source[index], views)
 
     def name(self, index: int) -> str:
         """The object of orbit `index`."""
@@ -238,7 +237,7 @@ def decoded(
 
     def read(index: int) -> tuple[orbits.Orbit, np.ndarray, np.ndarray]:
         record = source[index]
-        frames = np.stack([png.decode_on_white(frame) for frame in record.frames])
+        frames = orbits.pixels(record, range(source.views))
         return record, frames, shrink(frames, config.image_size)
 
     with futures.ThreadPoolExecutor(config.threads) as pool:

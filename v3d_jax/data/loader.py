@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from v3d_jax.data import orbits, png
+from v3d_jax.data import orbits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +107,8 @@ class FrameClips:
 
     def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
         """Decodes frames `order` of orbit `index`, or the first of them."""
-        frames = self.source[index].frames
-        kept = order[: self.first]
         return {
-            "frames": np.stack([png.decode_on_white(frames[view]) for view in kept]),
+            "frames": orbits.pixels(self.source[index], order[: self.first]),
             "index": np.int32(index),
         }
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from v3d_jax import errors
-from v3d_jax.data import shards, skips
+from v3d_jax.data import png, shards, skips
 
 NAME = "orbits"
 VERSION = "1.0.0"
@@ -75,7 +76,15 @@ class Source:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Orbit:
-        record = self._records[int(index)]
+        """Raises UserError for a record that is damaged."""
+        try:
+            record = self._records[int(index)]
+        except Exception as error:  # of the file format or of what the record holds
+            text = " ".join(str(error).split())[:200]
+            raise errors.UserError(
+                f"record {int(index)} of {self.split!r} in {self.path} is damaged ({text}): "
+                "render or copy the data set again"
+            ) from error
         return Orbit(
             name=record["name"].decode(),
             variant=int(record["variant"]),
@@ -85,6 +94,16 @@ class Source:
             azimuths=record["azimuths"],
             elevation=float(record["elevation"]),
         )
+
+
+def pixels(orbit: Orbit, views: Iterable) -> UInt8[np.ndarray, "k h w 3"]:
+    """Views of an orbit, decoded on white; UserError for a picture that is damaged."""
+    try:
+        return np.stack([png.decode_on_white(orbit.frames[view]) for view in views])
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+        raise errors.UserError(
+            f"a frame of {orbit.name!r} is damaged ({error}): render or copy the data set again"
+        ) from error
 
 
 def source(path: str | Path, split: str = "train") -> Source:
