@@ -1,9 +1,11 @@
 """Two processes of four devices train what one process of eight does."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +77,57 @@ def test_two_processes_equal_one(tmp_path):
     # What two processes wrote, one goes on with.
     longer = test_train.settings(data, run, devices=0, noise=0.0, steps=8, accept_changes=True)
     assert int(train.train(longer).step) == 8
+
+
+STOPPED = """
+import dataclasses, sys
+from pathlib import Path
+import jax
+sys.path.insert(0, {tests!r})
+import test_train
+from v3d_jax import train
+from v3d_jax.parallel.multihost import MultihostConfig
+
+if __name__ == "__main__":
+    settings = test_train.settings(Path({data!r}), Path({run!r}), devices=0, steps=10**6)
+    multihost = MultihostConfig(
+        coordinator={address!r}, num_processes=2, process_id=int(sys.argv[1])
+    )
+    train.train(dataclasses.replace(settings, multihost=multihost))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_signal_to_one_process_stops_both_and_they_save(tmp_path):
+    """JAX would take the signal for itself."""
+    data, run = synthetic_orbits.build(tmp_path / "data"), tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    script = tmp_path / "process.py"
+    script.write_text(
+        STOPPED.format(tests=str(TESTS), data=str(data), run=str(run), address=address)
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "log.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    (saved,) = (run / "checkpoints").iterdir()
+    assert int(saved.name) == int(test_train.rows(run / "log.csv")[-1]["step"])

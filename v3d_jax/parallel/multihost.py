@@ -36,6 +36,8 @@ def initialize(config: MultihostConfig) -> None:
             "coordinator, num-processes and process-id belong together: give all three or none"
         )
     if config.distributed or all(given):
+        # Its service takes SIGTERM for itself, and then a run that is told to stop goes on.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(*address)
 
 
