@@ -98,6 +98,7 @@ def filled_decoder() -> tuple[Any, Any]:
     return build(create, sgm.decoder(AUTOENCODER))
 
 
+@functools.cache
 def forward(graphdef: Any) -> Callable:
     """A network as a compiled function of its parameters and inputs."""
     return jit(lambda params, *args: nnx.merge(graphdef, params)(*args))

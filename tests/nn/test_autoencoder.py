@@ -14,6 +14,8 @@ from v3d_jax.weights import sgm
 
 CONFIG = fixtures.AUTOENCODER
 
+decode = fixtures.jit(lambda net, latents: net.decode(latents))
+
 
 @pytest.mark.golden
 def test_encoder_equals_the_published_one():
@@ -99,7 +101,6 @@ def test_a_fresh_decoder_is_one_of_images():
 def test_frames_alone_are_clips_of_one_frame():
     net = filled()
     alone = filled(dataclasses.replace(CONFIG, frames_alone=True))
-    decode = fixtures.jit(lambda net, latents: net.decode(latents))
     latents = jnp.asarray(fixtures.draw(3, (2, 3, 4, 4, 4)))
     frames = decode(alone, latents)
     assert frames.shape == (2, 3, 16, 16, 3)
@@ -115,10 +116,10 @@ def test_a_decoder_in_chunks_gives_the_whole_clips_frames(frames):
     config = dataclasses.replace(CONFIG, channel_mult=(1, 2))
     net = filled(config)
     latents = jnp.asarray(fixtures.draw(5, (2, 6, 4, 4, 4)))
-    whole = fixtures.jit(lambda n, z: n.decode(z))(net, latents)
+    whole = decode(net, latents)
     chunked = fixtures.jit(lambda n, z: chunked_decoder.decode(n.decoder, z, frames))
     np.testing.assert_allclose(chunked(net, latents), whole, atol=1e-5)
-    alone = fixtures.jit(lambda n, z: n.decode(z))(net, latents[:, :frames])
+    alone = decode(net, latents[:, :frames])
     assert float(jnp.abs(alone - whole[:, :frames]).max()) > 1e-2
 
 
@@ -225,8 +226,9 @@ def test_bfloat16_activations_keep_float32_parameters_and_posterior():
 
 def test_untrained_posterior_is_narrow(key):
     # Small variances at the start, or the noise of sampling hides colour from training.
-    net = autoencoder.Autoencoder(CONFIG, rngs=nnx.Rngs(0))
     images = jax.random.uniform(key, (2, 16, 16, 3), minval=-1.0)
-    posterior = net.encode(images)
+    posterior = fixtures.jit(
+        lambda images: autoencoder.Autoencoder(CONFIG, rngs=nnx.Rngs(0)).encode(images)
+    )(images)
     assert abs(float(jnp.mean(posterior.logvar)) - autoencoder.INITIAL_LOGVAR) < 1.0
     assert abs(float(jnp.mean(posterior.mean))) < 1.0
