@@ -18,7 +18,11 @@ TEXT = """HloModule step
 }
 
 %wrapped (p: bf16[8,128]) -> bf16[64,128] {
-  ROOT %all-gather.9 = bf16[64,128]{1,0:T(8,128)} all-gather(%p), dimensions={0}
+  ROOT %all-gather.9 = bf16[64,128]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%again (p: bf16[8,128]) -> bf16[64,128] {
+  ROOT %all-gather.10 = bf16[64,128]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
 }
 
 %turn (t: (s32[], f32[16])) -> (s32[], f32[16]) {
@@ -33,6 +37,9 @@ TEXT = """HloModule step
 ENTRY %main (x: f32[16], w: bf16[8,128]) -> f32[16] {
   %loop = (s32[], f32[16]{0}) while(%begin), condition=%less, body=%turn, TRIPS
   %begun = ((bf16[8,128]), bf16[64,128], s32[]) async-start(%w), calls=%wrapped
+  %kernel = f32[16] custom-call(%x), backend_config={"body": {
+}, "needs_layout_passes": true}
+  %ended = bf16[64,128] async-done(%begun), calls=%again
   %permute = (f32[4,2]{1,0}, f32[4,2]{1,0}, u32[], u32[]) collective-permute-start(%y)
   %gather = (f32[2]{0}, f32[16]{0}) all-gather-start(%z), dimensions={0}
   %both = (f32[3]{0}, pred[10]{0}) all-reduce(%u, %v), to_apply=%add

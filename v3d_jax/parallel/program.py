@@ -24,6 +24,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^}\s,]+(?:, ?%[^},\s]+)*)"
 )
+_END = re.compile(r"\}(, execution_thread=.*)?\s*$")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 
@@ -52,13 +54,20 @@ def collectives(text: str) -> list[Collective]:
     """Every kind of communication in a compiled program's text, those in loops once a turn."""
     computations = dict(_computations(text))
     turns = _turns(computations)
-    counts, sizes = Count(), Count()
+    # One that overlaps with computation is written in several functions, with the same channel.
+    found: dict[tuple[str, str], tuple[int, int]] = {}
     for name, lines in computations.items():
         for line in lines:
-            if found := _COLLECTIVE.search(line):
-                counts[found["kind"]] += turns[name]
-                sizes[found["kind"]] += turns[name] * _result_bytes(found)
-    return [Collective(kind, counts[kind], sizes[kind]) for kind in sorted(counts) if counts[kind]]
+            if one := _COLLECTIVE.search(line):
+                channel = _CHANNEL.search(line)
+                key = (one["kind"], channel[1] if channel else line)
+                times, size = found.get(key, (1, 0))
+                found[key] = max(times, turns[name]), max(size, _result_bytes(one))
+    counts, sizes = Count(), Count()
+    for (kind, _), (times, size) in found.items():
+        counts[kind] += times
+        sizes[kind] += times * size
+    return [Collective(kind, counts[kind], sizes[kind]) for kind in sorted(counts)]
 
 
 def flops(jaxpr: Any) -> float:
@@ -112,7 +121,8 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     """Names of a program's functions and their lines; the one that is run is called ENTRY."""
     name, lines = None, []
     for line in text.splitlines():
-        if line.startswith("}"):
+        # Lines of a kernel's settings may begin with a brace as well.
+        if _END.match(line):
             if name is not None:
                 yield name, lines
             name, lines = None, []
