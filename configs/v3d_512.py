@@ -4,7 +4,7 @@ Command:  python -m v3d_jax.convert svd_xt.safetensors models/svd_xt
           python -m v3d_jax.train configs/v3d_512_9frames.py --data.path data/orbits
           python -m v3d_jax.train configs/v3d_512.py --data.path data/orbits
           (before that, without data: add --plan v5e-256, as in docs/training.md)
-Hardware: written for TPU v5e-256, one clip a chip; by its plan it does not fit
+Hardware: written for TPU v5e-256, one clip a chip; not run on it
 Hours:    not run
 Result:   not run
 

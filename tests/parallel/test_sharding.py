@@ -68,7 +68,7 @@ def test_batches_must_divide(clips, accumulate, frames, message):
 
 
 def test_a_network_is_split_by_clip_and_frame_where_there_is_a_mesh():
-    x = np.arange(4 * 2 * 3, dtype=np.float32).reshape(4, 2, 1, 1, 3)
+    x = jnp.arange(4 * 2 * 3, dtype=jnp.float32).reshape(4, 2, 1, 1, 3)
 
     def double(x):
         return sharding.split_clips(lambda x: 2 * x)(x)

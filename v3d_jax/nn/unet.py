@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from v3d_jax.nn import layers, spatiotemporal
 from v3d_jax.ops import attention
+from v3d_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +109,10 @@ class Block(nnx.Module):
         `skip` is what the other side of the UNet made, and becomes the last channels of `x`.
         """
         x = layers.call(self.res, x, emb, image_only, skip, remat=self.remat)
+        x = sharding.pin_clips(x)
         if self.attn is None:
             return x
-        return layers.call(self.attn, x, context, image_only, remat=self.remat)
+        return sharding.pin_clips(layers.call(self.attn, x, context, image_only, remat=self.remat))
 
 
 class Level(nnx.Module):
@@ -220,14 +222,14 @@ class VideoUNet(nnx.Module):
         if not isinstance(context, tuple):
             context = itertools.repeat(context.astype(self.dtype))
         contexts = iter(context)
-        h = self.conv_in(x)
+        h = sharding.pin_clips(self.conv_in(x))
         skips = [h]
         for level in self.down:
             for block in level.blocks:
                 h = block(h, emb, next(contexts), image_only)
                 skips.append(h)
             if level.resample is not None:
-                h = level.resample(h)
+                h = sharding.pin_clips(level.resample(h))
                 skips.append(h)
         for block in (self.mid1, self.mid2):
             h = block(h, emb, next(contexts), image_only)
@@ -235,5 +237,5 @@ class VideoUNet(nnx.Module):
             for block in level.blocks:
                 h = block(h, emb, next(contexts), image_only, skips.pop())
             if level.resample is not None:
-                h = level.resample(layers.upsample(h))
+                h = sharding.pin_clips(level.resample(layers.upsample(h)))
         return self.conv_out(self.norm_out(h, silu=True)).astype(x.dtype)

@@ -71,7 +71,7 @@ def check_batch(mesh: Mesh, clips: int, accumulate: int, frames: int) -> None:
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`function`, which when traced sees the mesh.
 
-    By it `split_clips` knows the axes, and kernels that the compiler does not partition divide
+    By it `pin_clips` knows the axes, and kernels that the compiler does not partition divide
     their work among the devices.
     """
 
@@ -83,19 +83,24 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return traced
 
 
-def split_clips(network: Callable[..., Any]) -> Callable[..., Any]:
-    """The network with its first argument and its result split by clip and by frame.
+def pin_clips(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
+    """Clips in the network, split by clip and by frame; the same clips where `on_mesh` is not.
 
-    The mesh is that of `on_mesh`; without one the network is returned.
+    Left alone, the compiler gathers a batch where a kernel is split: every device then computes a
+    share of the channels of all clips, for which none has room.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh_axes.FRAMES not in mesh.axis_names:
-        return network
+        return x
     spec = PartitionSpec((mesh_axes.DATA, mesh_axes.FSDP), mesh_axes.FRAMES)
-    pin = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def split_clips(network: Callable[..., Any]) -> Callable[..., Any]:
+    """The network with its first argument and its result split as `pin_clips` does."""
 
     def split(x: Float[Array, "b t h w c"], *args: Any) -> Float[Array, "b t h w o"]:
-        return pin(network(pin(x), *args))
+        return pin_clips(network(pin_clips(x), *args))
 
     return split
 
