@@ -29,6 +29,29 @@ def test_topology_of_known_solids():
     assert not topology.is_watertight(topology.kept(ball, np.zeros(len(ball.faces), bool)))
 
 
+def test_sheets_that_share_an_edge_are_parted():
+    """Four cubes of a 2 x 2 x 2 chessboard: each pair has an edge in common, faces have two."""
+    places = np.float32([[0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+    cube = solid(trimesh.creation.box(extents=[1, 1, 1]))
+    corners = np.concatenate([cube.vertices + 0.5 + place for place in places])
+    faces = np.concatenate([cube.faces + 8 * i for i in range(4)])
+    shared, index = np.unique(corners, axis=0, return_inverse=True)
+    board = Triangles(shared, np.int32(index.reshape(-1)[faces]))
+    assert sorted(topology.edges(board)[1])[-6:] == [4] * 6
+    parted = topology.unpinched(board)
+    assert topology.is_watertight(parted)
+    assert set(topology.edges(parted)[1]) == {2}
+    assert len(parted.vertices) == len(shared) + 6
+    one = np.zeros(len(parted.faces), int)
+    np.testing.assert_allclose(topology.volumes(parted, one), 4.0, rtol=1e-6)
+    # Parted by solids: no triangle joins two cubes.
+    centre = parted.vertices[parted.faces].mean(axis=1)
+    cell = {tuple(np.floor(c).astype(int)) for c in centre - 1e-3 * topology.cross(parted)}
+    assert cell == {tuple(place.astype(int)) for place in places}
+    whole = topology.unpinched(cube)
+    np.testing.assert_array_equal(whole.faces, cube.faces)
+
+
 def test_flaws_are_found():
     ball = solid(trimesh.creation.icosphere(3))
     assert simplify.flaws(ball, ball).count == 0

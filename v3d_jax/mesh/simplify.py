@@ -90,4 +90,5 @@ def _collapsed(triangles: Triangles, faces: int, boldness: float) -> Triangles:
         (points - low) / size, triangles.faces, target_count=faces, agg=boldness
     )[:2]
     found = Triangles(np.float32(points * size + low), np.int32(corners))
-    return topology.kept(found, np.ones(len(corners), bool))
+    # It may join two sheets along an edge, which is no reason to refuse all of them.
+    return topology.unpinched(topology.kept(found, np.ones(len(corners), bool)))

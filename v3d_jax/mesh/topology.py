@@ -88,5 +88,65 @@ def kept(triangles: Triangles, keep: Bool[np.ndarray, "f"]) -> Triangles:
     return Triangles(triangles.vertices[used], number[faces].astype(np.int32))
 
 
+def unpinched(triangles: Triangles) -> Triangles:
+    """The same shape where no edge has more than two faces: further pairs get a vertex midway.
+
+    Faces around such an edge are paired as the two sides of one wedge of the solid; what has no
+    partner of the opposite direction stays as it is.
+    """
+    while True:
+        ends = _directed(triangles.faces).astype(np.int64)
+        key = ends.min(axis=1) << 32 | ends.max(axis=1)
+        _, edge, count = np.unique(key, return_inverse=True, return_counts=True)
+        crowded = np.flatnonzero(count[edge.reshape(-1)] > 2)
+        crowded = crowded[np.argsort(key[crowded], kind="stable")]
+        groups = np.split(crowded, np.flatnonzero(np.diff(key[crowded])) + 1)
+        pairs = [pair for group in groups if len(group) for pair in _wedges(triangles, group)]
+        # A face with two such edges has its turn with the second one in the next round.
+        taken, chosen = set(), []
+        for pair in pairs:
+            of_pair = {half % len(triangles.faces) for half in pair}
+            if taken.isdisjoint(of_pair):
+                taken |= of_pair
+                chosen.append(pair)
+        if not chosen:
+            return triangles
+        triangles = _parted(triangles, chosen)
+
+
+def _parted(triangles: Triangles, pairs: list[tuple[int, int]]) -> Triangles:
+    """Every pair of half-edges cut by a vertex of its own, two faces into four."""
+    ends, number = _directed(triangles.faces), len(triangles.faces)
+    midway = triangles.vertices[ends[[pair[0] for pair in pairs]]].mean(axis=1)
+    faces, more = triangles.faces.copy(), []
+    for place, pair in enumerate(pairs, len(triangles.vertices)):
+        for half in pair:
+            a, b, c = np.roll(triangles.faces[half % number], -(half // number))
+            faces[half % number] = a, place, c
+            more.append((place, b, c))
+    vertices = np.concatenate([triangles.vertices, midway]).astype(triangles.vertices.dtype)
+    return Triangles(vertices, np.concatenate([faces, np.asarray(more, faces.dtype)]))
+
+
+def _wedges(triangles: Triangles, halves: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
+    """Pairs of half-edges of one edge between which the solid lies, but for the first pair."""
+    number, points = len(triangles.faces), np.asarray(triangles.vertices, np.float64)
+    ends = _directed(triangles.faces)[halves]
+    low, high = points[ends[0].min()], points[ends[0].max()]
+    axis = (high - low) / max(np.linalg.norm(high - low), 1e-30)
+    away = points[triangles.faces[halves % number, (halves // number + 2) % 3]] - low
+    away -= (away @ axis)[:, None] * axis
+    angle = np.arctan2(away @ np.cross(axis, away[0]), away @ away[0])
+    order = np.argsort(angle, kind="stable")
+    forth = (ends[:, 0] < ends[:, 1])[order]
+    # Turning about the edge, the solid begins behind a face that runs back along it.
+    open_places, pairs = np.flatnonzero(forth).tolist(), []
+    for place in np.flatnonzero(~forth)[: len(open_places)]:
+        mate = min(open_places, key=lambda other, place=place: (other - place) % len(order))
+        open_places.remove(mate)
+        pairs.append((int(halves[order[place]]), int(halves[order[mate]])))
+    return pairs[1:]
+
+
 def _directed(faces: Int[np.ndarray, "f 3"]) -> Int[np.ndarray, "n 2"]:
     return np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
