@@ -8,6 +8,7 @@ the caller, and a result says whether it was enough.
 All of it is plain XLA and runs on CPU, GPU and TPU (benchmarks/splat_raster.py).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from v3d_jax.splat.gaussians import Gaussians
 from v3d_jax.splat.project import NEAR, Projection, project
 
 DEPTH_FLOOR = 1e-10  # of the alpha that an expected depth is divided by
+_BLOCKS = 6  # about, in a full capacity
+_SMALLEST, _LARGEST = 1 << 10, 1 << 16  # chunks
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class RasterConfig:
     height: int = 512
     slots: int = 1 << 20  # capacity: (tile, Gaussian), all views together
     near: float = NEAR  # world units
-    block: int = 1 << 16  # chunks of 16 splats computed at a time: 8 KiB each in the gradient
+    block: int | None = None  # chunks of 16 splats computed at a time; None: by the capacity
     unroll: bool | None = None  # chains of 16 splats in one kernel; None: on NVIDIA
 
 
@@ -143,10 +146,16 @@ def rasterize_growing(
 
 
 def _block(config: RasterConfig, camera: Camera) -> int:
-    """Chunks a block, no more than there can be."""
+    """Chunks a block, no more than there can be.
+
+    Few blocks keep a GPU busy, but the last one is computed whole and a block takes 8 KiB a chunk
+    in the gradient.
+    """
     rows, columns = grid(config.width, config.height)
     most = config.slots // 16 + camera.intrinsics.shape[0] * rows * columns
-    return min(config.block, most)
+    if config.block is not None:
+        return min(config.block, most)
+    return min(max(1 << round(math.log2(most / _BLOCKS)), _SMALLEST), _LARGEST, most)
 
 
 def _to_image(tiles: Float[Array, "d g p"], config: RasterConfig) -> Float[Array, "i h w d"]:
