@@ -145,6 +145,28 @@ def test_means_slow_down_and_rates_follow_the_batch():
     assert rate(100, 4) == pytest.approx((4e-5, 2e-3), rel=1e-4)
 
 
+def test_regularisers_end_with_the_moves_that_they_serve(targets, key):
+    """From step 100 on nothing is moved; the release has its own throughout."""
+
+    def losses(settled):
+        weights = replace(fit_scene.CONFIG.loss, opacity=0.25, settled=settled)
+        config = replace(fit_scene.CONFIG, loss=weights)
+        begun = fit.begin(fit_scene.cloud(0), fit_scene.VIEWS)
+        states = [begun._replace(step=jnp.asarray(step)) for step in (99, 100)]
+        return [
+            float(
+                fit.advance_jit(config, fit_scene.RASTER, None, None, targets, state, key, 1)[1][0]
+            )
+            for state in states
+        ]
+
+    ended, kept = losses(0.0), losses(1.0)
+    assert ended[0] == kept[0]
+    share = 0.25 * float(fit_scene.cloud(0).opacities.mean())
+    assert kept[1] - ended[1] == pytest.approx(share, rel=1e-5)
+    assert fit.FAITHFUL.loss.settled == 1.0
+
+
 def test_faithful_preset_has_the_weights_of_the_release():
     """V3D's README: --lambda_dssim 1.0 --lambda_lpips 2.0, and 0.1 mean opacity in the script."""
     loss = fit.FAITHFUL.loss

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from v3d_jax.ops import metrics
 from v3d_jax.splat.gaussians import Gaussians
@@ -31,6 +31,7 @@ class LossConfig:
     lpips: float = 2.0
     opacity: float = 0.1  # of the mean opacity
     scale: float = 0.0  # of the mean deviation, in the scene's extent
+    settled: float = 0.0  # share of these two once faint Gaussians are no longer moved
     padded_ssim: bool = False  # windows reach beyond the border, onto black, as in the release
     unit_lpips: bool = False  # images go to LPIPS in [0, 1] instead of [-1, 1], as in the release
 
@@ -81,10 +82,13 @@ def image_loss(
 
 
 def regularization(
-    config: LossConfig, gaussians: Gaussians, extent: Float[Array, ""]
+    config: LossConfig, gaussians: Gaussians, extent: Float[Array, ""], moving: Bool[Array, ""]
 ) -> Float[Array, ""]:
-    """Mean opacity and mean deviation, weighted (3DGS-MCMC section 3.4; V3D has the first)."""
+    """Mean opacity and mean deviation, weighted (3DGS-MCMC section 3.4; V3D has the first).
+
+    They free Gaussians to be moved; once that is over (not `moving`) they only pull at the image.
+    """
     total = config.opacity * jnp.mean(gaussians.opacities) if config.opacity else jnp.zeros(())
     if config.scale:
         total = total + config.scale * jnp.mean(gaussians.scales) / extent
-    return total
+    return total * jnp.where(moving, 1.0, config.settled)
