@@ -51,7 +51,7 @@ class MeshArgs:
     texture_size: int | None = None
     """Texels a side of the texture; by default about twice the frames' pixels."""
     texture_steps: int | None = None
-    """Steps of the fit of colours; by default 500, on a CPU 200."""
+    """Steps of the fit of colours; by default 500, on a CPU 120."""
     mesh_resolution: int | None = None
     """Samples a side of the grid that the surface is read from; by default 384, on a CPU 192."""
     mesh_formats: str = ""
@@ -120,7 +120,7 @@ def reconstruct(
         bar.update()
     config = texture.TextureConfig(
         side=args.texture_size or _side(frames),
-        steps=_usual(500, 200) if args.texture_steps is None else args.texture_steps,
+        steps=_usual(500, 120) if args.texture_steps is None else args.texture_steps,
         near=_near(surface, frames),
     )
     atlas = _unwrapped(args, surface, config.side, seconds)
