@@ -118,7 +118,8 @@ def _main(seconds: float, gigabytes: float) -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a parser prints must not get in between
     limit = int(gigabytes * GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses a limit: it sets none
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     while True:
         try:
             load: Callable[[], surface.Mesh] = pickle.load(sys.stdin.buffer)
