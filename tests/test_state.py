@@ -163,3 +163,56 @@ def test_gradients_keep_their_share_and_parts_stay_on_their_devices():
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
     assert found[2]["kernel"].sharding.shard_shape((2, 3)) == (1, 3)
+
+
+def test_stochastic_rounding_keeps_the_mean():
+    """At 1 the digits of bfloat16 are 1/128 apart: a quarter of the way up is taken so often."""
+    rounds = jax.jit(state.stochastic_round)
+    for value, digit in ((1.0 + 0.25 / 128, 1 / 128), (-3.0 - 0.75 / 64, 1 / 64)):
+        made = rounds(jnp.full(40_000, value, jnp.float32), jax.random.key(1))
+        assert made.dtype == jnp.bfloat16
+        made = np.asarray(made, np.float32)
+        assert len(np.unique(made)) == 2
+        assert np.ptp(made) == digit
+        # Four deviations of a mean of 40,000 draws that fall to one side three times in four.
+        assert abs(made.mean() - value) < 4 * digit * np.sqrt(0.25 * 0.75 / 40_000)
+    kept = jnp.asarray([0.0, -0.0, 1.5, -256.0, jnp.inf, -jnp.inf], jnp.float32)
+    np.testing.assert_array_equal(rounds(kept, jax.random.key(2)), kept.astype(jnp.bfloat16))
+    assert np.isnan(np.asarray(rounds(jnp.asarray(jnp.nan), jax.random.key(2)), np.float32))
+
+
+def test_bfloat16_parameters_follow_updates_below_their_digits():
+    """200 steps of 1 - 1e-4; rounded to the nearest, every one of them would leave 1.0."""
+    config = OptimConfig(weight_decay=0.1, params="bfloat16")
+    optimizer = state.optimizer(config)
+    ones = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+    begun = state.create(ones, optimizer, config.params)
+    step = jax.jit(functools.partial(state.train_step, flat_loss, optimizer, 0.5))
+    now = begun
+    for _ in range(200):
+        now, _ = step(now, None, 0.0, jax.random.key(0), jnp.asarray(1e-3))
+    types = {name: leaf.dtype for name, leaf in now.params.items()}
+    assert types == {"kernel": jnp.bfloat16, "bias": jnp.float32}
+    floats = [leaf for leaf in jax.tree.leaves((now.opt_state, now.ema)) if leaf.ndim]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
+    expected = (1 - 1e-4) ** 200
+    kernel = np.asarray(now.params["kernel"], np.float32)
+    assert kernel.mean() == pytest.approx(expected, abs=1e-3)
+    assert np.asarray(now.ema["kernel"]).mean() == pytest.approx(expected, abs=1e-3)
+    np.testing.assert_array_equal(now.params["bias"], ones["bias"])
+
+
+def test_bfloat16_parameters_on_a_mesh_are_those_of_one_device():
+    config = OptimConfig(params="bfloat16", clip=1e9)
+    optimizer, key = state.optimizer(config), jax.random.key(5)
+    begun = state.create(jax.tree.map(jnp.asarray, PARAMS), optimizer, config.params)
+    batch = np.random.default_rng(0).standard_normal((16, 2)).astype(np.float32)
+    rate = jnp.asarray(1e-3)
+    expected, _ = state.train_step(clips_loss, optimizer, 0.9, begun, 0.3, batch, key, rate)
+    mesh = meshes.make(meshes.MeshConfig(fsdp=2))
+    placements = sharding.weights(begun, mesh, 0)
+    everywhere = sharding.replicated(mesh)
+    step = state.sharded_step(clips_loss, optimizer, config, mesh, placements, everywhere)
+    found, _ = step(jax.device_put(begun, placements), 0.3, batch, key, rate)
+    np.testing.assert_array_equal(found.params["kernel"], expected.params["kernel"])
+    assert found.params["kernel"].sharding.shard_shape((2, 3)) == (1, 3)

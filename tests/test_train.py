@@ -121,10 +121,13 @@ def signal_at(monkeypatch, steps: set[int]):
     monkeypatch.setattr(record.Record, "add", signalled)
 
 
-def test_a_run_cut_in_three_equals_an_unbroken_one_to_the_bit(data, tmp_path, monkeypatch):
-    unbroken = train.train(settings(data, tmp_path / "unbroken"))
+@pytest.mark.parametrize("params", ["float32", "bfloat16"])
+def test_a_run_cut_in_three_equals_an_unbroken_one_to_the_bit(data, tmp_path, monkeypatch, params):
+    optim = OptimConfig(lr=0.1, warmup=2, params=params)
+    unbroken = train.train(settings(data, tmp_path / "unbroken", optim=optim))
+    assert unbroken.params["kernel"].dtype == params
     signal_at(monkeypatch, {3, 4})
-    cut = settings(data, tmp_path / "cut")
+    cut = settings(data, tmp_path / "cut", optim=optim)
     assert [int(train.train(cut).step) for _ in range(2)] == [3, 4]
     resumed = train.train(cut)
     assert int(resumed.step) == 8
@@ -232,6 +235,16 @@ def test_starts_from_a_model(data, tmp_path):
     np.savez(tmp_path / "colour.npz", **given)
     begun = train.train(settings(data, tmp_path / "run", time_limit=0.0, init_from=str(tmp_path)))
     assert_equal(begun.params, given)
+    assert_equal(begun.ema, given)
+    half = settings(
+        data,
+        tmp_path / "half",
+        optim=OptimConfig(params="bfloat16"),
+        time_limit=0.0,
+        init_from=str(tmp_path),
+    )
+    begun = train.train(half)
+    assert begun.params["kernel"].dtype == jnp.bfloat16
     assert_equal(begun.ema, given)
     np.savez(tmp_path / "colour.npz", kernel=np.eye(4, dtype=np.float32), bias=given["bias"])
     with pytest.raises(errors.UserError, match="another size"):
@@ -343,10 +356,11 @@ def test_the_autoencoder_resumes_to_the_bit(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_pictures_to_a_model_that_samples(data, tmp_path):
+@pytest.mark.parametrize("params", ["float32", "bfloat16"])
+def test_from_pictures_to_a_model_that_samples(data, tmp_path, params):
     train.train(debug("debug_vae", data, tmp_path / "vae"))
     overrides = ("--latents.autoencoder", str(tmp_path / "vae" / "model"))
-    overrides += ("--latents.folder", str(tmp_path))
+    overrides += ("--latents.folder", str(tmp_path), "--optim.params", params)
     more = synthetic_orbits.build(tmp_path / "more", train=2, heldout=0)
     overrides += ("--data.path", str(data), str(more))
     settings = debug("debug", data, tmp_path / "video", *overrides)

@@ -1,7 +1,9 @@
 """The train state and one step of training, both pure.
 
-Parameters are plain nested dicts of float32 arrays (`nnx.to_pure_dict` of a model's State, which
+Parameters are plain nested dicts of arrays (`nnx.to_pure_dict` of a model's State, which
 `nnx.merge` takes as it is): a State costs four times as much on its way into a compiled function.
+They are float32, or matrices and kernels bfloat16 (`OptimConfig.params`), which a step rounds up or
+down at random so that updates far below a digit add up; moments and average stay float32.
 """
 
 import functools
@@ -44,6 +46,7 @@ class OptimConfig:
     clip: float = 1.0  # of the gradient's global norm
     ema: float = 0.9999
     accumulate: int = 1  # parts of a batch that are computed one after the other, in less memory
+    params: Literal["float32", "bfloat16"] = "float32"  # bfloat16: matrices, rounded at random
 
     def __post_init__(self):
         if not 0.0 <= self.decay_start < 1.0:
@@ -102,11 +105,18 @@ def ema_decay(decay: float, count: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.minimum(decay, (1.0 + n) / (10.0 + n))
 
 
-def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update; the average starts at the parameters."""
+def create(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    held: Literal["float32", "bfloat16"] = "float32",
+) -> TrainState:
+    """The state before the first update; the average starts at the float32 parameters given.
+
+    `held` is `OptimConfig.params`.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
+        params=jax.tree.map(lambda x: x.astype(held) if x.ndim >= 2 else x, params),
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params),
     )
@@ -136,12 +146,38 @@ def train_step(
     value, metrics, grads = gradients(
         loss, state.params, frozen, batch, step_key, accumulate, placements
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, wide)
+    wide = optax.apply_updates(wide, jax.tree.map(lambda u: rate * u, updates))
     keep = ema_decay(decay, state.step)
-    ema = jax.tree.map(lambda old, new: keep * old + (1.0 - keep) * new, state.ema, params)
+    ema = jax.tree.map(lambda old, new: keep * old + (1.0 - keep) * new, state.ema, wide)
+    params = _narrowed(wide, state.params, jax.random.fold_in(step_key, 2**31))
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def stochastic_round(x: Float[Array, "*n"], key: Key[Array, ""]) -> Float[Array, "*n"]:
+    """Float32 to bfloat16: to either neighbour, by chance, so that the mean is x.
+
+    What bfloat16 holds already stays, and so do infinities and NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    # The lower half is the share of the way to the next value: it carries as often as that.
+    upper = (bits + noise) & jnp.uint32(0xFFFF0000)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def _narrowed(wide: Params, held: Params, key: Key[Array, ""]) -> Params:
+    """Float32 parameters in the types of those `held`."""
+    leaves, structure = jax.tree.flatten(wide)
+    types = [leaf.dtype for leaf in jax.tree.leaves(held)]
+    made = [
+        leaf if dtype == leaf.dtype else stochastic_round(leaf, jax.random.fold_in(key, number))
+        for number, (leaf, dtype) in enumerate(zip(leaves, types, strict=True))
+    ]
+    return jax.tree.unflatten(structure, made)
 
 
 def gradients(
@@ -153,7 +189,7 @@ def gradients(
     accumulate: int = 1,
     placements: Any = None,
 ) -> tuple[Float[Array, ""], Metrics, Params]:
-    """The loss, its metrics and the gradient: means over `accumulate` parts of the batch.
+    """The loss, its metrics and the float32 gradient: means over `accumulate` parts of the batch.
 
     Part i is every `accumulate`-th clip from the i-th on, so that a batch split over devices stays
     where it is, and draws with its own key. `placements` are shardings of the parameters, which
@@ -162,6 +198,7 @@ def gradients(
     grad = jax.value_and_grad(loss, has_aux=True)
 
     def pinned(grads: Params) -> Params:
+        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         if placements is None:
             return grads
         return jax.tree.map(jax.lax.with_sharding_constraint, grads, placements)
@@ -178,7 +215,7 @@ def gradients(
         found, grads = grad(params, frozen, part, jax.random.fold_in(key, index))
         return pinned(jax.tree.map(jnp.add, total, grads)), found
 
-    zeros = pinned(jax.tree.map(jnp.zeros_like, params))
+    zeros = pinned(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
     parts = (jax.tree.map(part_of, batch), jnp.arange(accumulate))
     total, found = jax.lax.scan(add, zeros, parts)
     value, metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), found)

@@ -132,7 +132,7 @@ def begin(
     def fresh(seed: Any) -> state.TrainState:
         # A key of its own, so that the weights and the first step's noise have nothing in common.
         key = jax.random.fold_in(jax.random.key(seed), 2**31)
-        return state.create(objective.init(key), optimizer)
+        return state.create(objective.init(key), optimizer, settings.optim.params)
 
     abstract = jax.eval_shape(fresh, settings.run.seed)
     placements = sharding.weights(abstract, mesh)
@@ -142,8 +142,9 @@ def begin(
         train_state = jax.jit(fresh, out_shardings=placements)(settings.run.seed)
     else:
         params = objective.load(Path(settings.run.init_from))
-        params = fit(params, abstract.params, settings.run.init_from)
-        create = functools.partial(state.create, optimizer=optimizer)
+        params = fit(params, abstract.ema, settings.run.init_from)
+        held = settings.optim.params
+        create = functools.partial(state.create, optimizer=optimizer, held=held)
         train_state = jax.jit(create, out_shardings=placements)(
             sharding.put(params, placements.params)
         )

@@ -101,7 +101,8 @@ def trace(settings: config.VideoTrainConfig, mesh: Mesh, platform: str) -> tuple
 
     def fresh(key: jax.Array) -> TrainState:
         made = parts.random(settings.model, dtype, key, settings.parts)
-        return state.create(parts.split(made, settings.train_only)[0], optimizer)
+        learnt = parts.split(made, settings.train_only)[0]
+        return state.create(learnt, optimizer, settings.optim.params)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     begun, frozen, batch = jax.eval_shape(fresh, key), abstract_frozen(settings), inputs(settings)
