@@ -9,7 +9,8 @@ gsplat's defaults but for the budget and for when they stop, which is in proport
 - default: starts with a third of them, spaced accordingly, at the opacity 0.1 of the examples, and
   grows; where all that qualify would exceed the budget, those with the largest gradients do.
 
-The regularisers of opacity and scale belong to MCMC and are left out of the default strategy.
+The regularisers of opacity and scale belong to MCMC, to the last step there where ours end with the
+moves (`LossConfig.settled`), and are left out of the default strategy.
 torch and gsplat are imported when they are used; gsplat compiles its CUDA code when it is imported
 for the first time.
 """

@@ -6,9 +6,9 @@
 FOLDER holds transforms_train.json and its pictures with alpha. Prints one table row a fit: ours,
 and gsplat's two strategies where torch finds a GPU (`gsplat_peer`), from the same points and with
 the same losses, budget and number of view-steps. Scores are means over the views that were not
-fitted. Claims: our PSNR is at least gsplat's better one less 0.1 dB at 100,000 Gaussians; at
-800 x 800 it is at least 33 dB within 60 seconds on one H200. JAX takes most of a GPU's memory for
-itself: XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
+fitted. Bars: our PSNR is at least gsplat's better one less 0.1 dB at 100,000 Gaussians; at
+800 x 800 it is at least 33 dB within 60 seconds on one H200. Neither has been shown yet. JAX takes
+most of a GPU's memory for itself: XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
 """
 
 from dataclasses import dataclass, replace

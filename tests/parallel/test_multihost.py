@@ -37,19 +37,17 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.multiprocess
-def test_two_processes_equal_one(tmp_path):
-    data = synthetic_orbits.build(tmp_path / "data")
+def start_two(program, folder, data, run):
+    """Both processes of a program that takes its rank; their output is piped."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    script = tmp_path / "process.py"
-    run = tmp_path / "two"
+    script = folder / "process.py"
     script.write_text(
-        PROCESS.format(tests=str(TESTS), data=str(data), run=str(run), address=address)
+        program.format(tests=str(TESTS), data=str(data), run=str(run), address=address)
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, str(script), str(rank)],
             env=environment,
@@ -59,6 +57,13 @@ def test_two_processes_equal_one(tmp_path):
         )
         for rank in (0, 1)
     ]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_equal_one(tmp_path):
+    data = synthetic_orbits.build(tmp_path / "data")
+    run = tmp_path / "two"
+    processes = start_two(PROCESS, tmp_path, data, run)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
@@ -101,24 +106,7 @@ if __name__ == "__main__":
 def test_a_signal_to_one_process_stops_both_and_they_save(tmp_path):
     """JAX would take the signal for itself."""
     data, run = synthetic_orbits.build(tmp_path / "data"), tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    script = tmp_path / "process.py"
-    script.write_text(
-        STOPPED.format(tests=str(TESTS), data=str(data), run=str(run), address=address)
-    )
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    processes = start_two(STOPPED, tmp_path, data, run)
     try:
         deadline = time.monotonic() + 120
         while not (run / "log.csv").exists() and time.monotonic() < deadline:

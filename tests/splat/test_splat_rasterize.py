@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from v3d_jax.ops import camera
 from v3d_jax.splat import rasterize
 
 BACKGROUND = np.asarray([1.0, 0.5, 0.0])
@@ -70,6 +71,18 @@ def test_equals_float64_dense(kind):
 @pytest.mark.parametrize("kind", ["mixed", "opaque"])
 def test_unrolled_chains_equal_float64_dense(kind):
     check(kind, run(kind, replace(scenes.CONFIG, unroll=True)))
+
+
+def test_a_block_is_a_sixth_of_the_capacity_within_bounds():
+    """Chunks there can be: slots / 16 and one a tile."""
+    sizes = ((48, 1 << 14, 1), (256, 1 << 17, 1), (800, 1_441_792, 1), (512, 6_600_000, 18))
+    found = []
+    for side, slots, views in sizes:
+        config = rasterize.RasterConfig(width=side, height=side, slots=slots)
+        found.append(rasterize._block(config, camera.orbit(views, width=side, height=side)))
+    assert found == [1024, 2048, 16384, 65536]
+    small = rasterize.RasterConfig(width=16, height=16, slots=64)
+    assert rasterize._block(small, camera.orbit(1, width=16, height=16)) == 4 + 4
 
 
 @pytest.mark.slow
