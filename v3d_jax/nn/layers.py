@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from v3d_jax.ops import attention, frame_attention, normalize
+from v3d_jax.parallel import sharding
 
 GROUPS = 32
 
@@ -64,6 +65,14 @@ def linear(
     )
 
 
+class Conv(nnx.Conv):
+    """A convolution over (h, w) of every frame of a clip."""
+
+    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t _ _ o"]:
+        """Frames stay apart, also where devices share a clip."""
+        return sharding.each_frame(super().__call__, x)
+
+
 def conv(
     inputs: int,
     outputs: int,
@@ -73,10 +82,10 @@ def conv(
     zero: bool = False,
     dtype: Any,
     rngs: nnx.Rngs,
-) -> nnx.Conv:
+) -> Conv:
     """A 3x3 convolution over (h, w), LeCun-normal or, with `zero`, all zeros."""
     kernel_init = nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal()
-    return nnx.Conv(
+    return Conv(
         inputs,
         outputs,
         (3, 3),

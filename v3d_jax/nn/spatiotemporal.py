@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from v3d_jax.nn import layers
 from v3d_jax.ops import attention
+from v3d_jax.parallel import sharding
 
 
 class Answer(NamedTuple):
@@ -191,11 +192,13 @@ class SpatialBlock(nnx.Module):
         self, x: Float[Array, "b t s c"], context: Float[Array, "b #t n d"] | Answer
     ) -> Float[Array, "b t s c"]:
         """`context` is per frame, or one for the clip."""
-        b, t, s, c = x.shape
-        frames = self.norm1(x).reshape(b * t, s, c)
-        x = x + self.attn1(frames).reshape(x.shape)
+        x = x + sharding.each_frame(self._attend, self.norm1(x))
         x = x + attend_context(self.attn2, self.norm2, x, context)
         return x + self.ff(self.norm3(x))
+
+    def _attend(self, x: Float[Array, "b t s c"]) -> Float[Array, "b t s c"]:
+        """Tokens attend to those of their frame."""
+        return self.attn1(x.reshape(-1, *x.shape[2:])).reshape(x.shape)
 
 
 class TemporalBlock(nnx.Module):

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from v3d_jax import errors
@@ -94,6 +94,24 @@ def pin_clips(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         return x
     spec = PartitionSpec((mesh_axes.DATA, mesh_axes.FSDP), mesh_axes.FRAMES)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def each_frame(function: Callable[[Array], Array], x: Array) -> Array:
+    """`function`, which treats every frame alone, of clips [b, t, ...], run where the frames lie.
+
+    Such a function makes one axis of clips and frames, whose split the compiler cannot name: left
+    alone, it has every device compute all frames of its clips.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get(mesh_axes.FRAMES) is not AxisType.Auto:
+        return function(x)
+    parts = mesh.shape[mesh_axes.FRAMES]
+    if parts == 1 or x.shape[1] % parts:
+        return function(x)
+    spec = PartitionSpec(None, mesh_axes.FRAMES)
+    axes = {mesh_axes.FRAMES}
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, axis_names=axes)(x)
 
 
 def split_clips(network: Callable[..., Any]) -> Callable[..., Any]:
