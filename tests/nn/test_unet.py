@@ -251,3 +251,23 @@ def test_refuses_latents_that_do_not_halve():
 
     with pytest.raises(ValueError, match="do not divide by 2"):
         jax.eval_shape(run, *inputs(size=5))
+
+
+def test_a_widened_network_ignores_the_new_channels(small):
+    run, params = small
+    wide = unet.widen(params, 136)
+    graphdef, wanted = nnx.split(abstract(dataclasses.replace(SMALL, in_channels=136)))
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), x) for x in (wide, wanted)]
+    assert shapes[0] == shapes[1]
+    x, *conditioning = inputs()
+    want = run(params, x, *conditioning)
+    for scale in (0.0, 1.0, 1e3):
+        features = scale * jnp.asarray(fixtures.draw(9, (*x.shape[:-1], 128)))
+        x_wide = jnp.concatenate([x, features], axis=-1)
+        out = fixtures.forward(graphdef)(wide, x_wide, *conditioning)
+        np.testing.assert_allclose(out, want, atol=2e-5)
+
+
+def test_only_networks_can_be_widened(small):
+    with pytest.raises(ValueError, match=r"no conv_in\.kernel"):
+        unet.widen({"unet": small[1]}, 136)

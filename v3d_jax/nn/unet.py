@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -239,3 +240,25 @@ class VideoUNet(nnx.Module):
             if level.resample is not None:
                 h = sharding.pin_clips(level.resample(layers.upsample(h)))
         return self.conv_out(self.norm_out(h, silu=True)).astype(x.dtype)
+
+
+def widen(params: Any, in_channels: int) -> Any:
+    """A UNet's parameters for an input of more channels, of which it ignores the new, last ones.
+
+    So a scene model starts from one of 8 channels: noisy latents 4, conditioning latents 4, then
+    the features of `pixelnerf`. Takes whatever has the parameters' tree, such as their average.
+    """
+    found, structure = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in found]
+    first = [i for i, (path, _) in enumerate(found) if _names(path) == ["conv_in", "kernel"]]
+    if not first:
+        raise ValueError("widen: no conv_in.kernel, so these are not a UNet's parameters")
+    kernel = leaves[first[0]]
+    new = jnp.zeros((*kernel.shape[:2], in_channels - kernel.shape[2], kernel.shape[3]))
+    leaves[first[0]] = jnp.concatenate([kernel, new.astype(kernel.dtype)], axis=2)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _names(path: Any) -> list[Any]:
+    """Of a path to a leaf; the array of a variable lies below its name, as an attribute."""
+    return [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
