@@ -72,8 +72,10 @@ def find(folder: Path) -> Path | None:
     return None
 
 
-def read(model: Path) -> tuple[list[poses.Posed], Points | None]:
+def read(model: Path, *, cloud: bool = True) -> tuple[list[poses.Posed], Points | None]:
     """The views of a model by name, and its points unless that file is missing or empty.
+
+    Without `cloud` the points, most of a model, are left unread.
 
     Pictures are looked for in images/ of the model's folder and of the three above it, and masks
     in masks/ beside that, as NAME.png. Raises `UserError` for what is missing, damaged or
@@ -86,7 +88,7 @@ def read(model: Path) -> tuple[list[poses.Posed], Points | None]:
     if not images:
         raise UserError(f"{model / f'images{suffix}'} holds no images: at least two are needed")
     points = None
-    if (model / f"points3D{suffix}").is_file():
+    if cloud and (model / f"points3D{suffix}").is_file():
         points = _points(_read(model / f"points3D{suffix}", _points_bin, _points_txt))
     views = []
     files = _pictures(model, [image.name for image in images])

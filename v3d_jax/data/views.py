@@ -77,6 +77,30 @@ def on_white(
     return pictures * opacity + (np.float32(1.0) - opacity)
 
 
+def pixels(view: poses.Posed, told: str = "its camera is for") -> picture.Picture:
+    """The picture of a view at its stored size, its mask put into alpha.
+
+    `told` says in messages where the view's size is from. Raises `UserError` for a picture or
+    mask that cannot be read or is of another size.
+    """
+    rgb, alpha, notes = picture.read(view.image, as_stored=True)
+    height, width = rgb.shape[:2]
+    if (width, height) != view.size:
+        raise UserError(
+            f"{view.image} is {width} x {height} but {told} {view.size[0]} x {view.size[1]}: give "
+            "the pictures that the cameras were made for"
+        )
+    if view.mask is not None:
+        mask = picture.read(view.mask, as_stored=True).rgb.max(axis=-1)
+        if mask.shape != (height, width):
+            raise UserError(
+                f"{view.mask} is {mask.shape[1]} x {mask.shape[0]} but its picture {width} x "
+                f"{height}: give masks of the pictures' size"
+            )
+        alpha = mask if alpha is None else np.minimum(alpha, mask)
+    return picture.Picture(rgb, alpha, notes)
+
+
 def _from_files(
     posed: list[poses.Posed], origin: Path, points: colmap.Points | None, max_side: int
 ) -> Views:
@@ -128,25 +152,11 @@ def _from_video(path: Path, max_side: int) -> Views:
 
 
 def _read_files(view: poses.Posed, notes: list[str]) -> Image.Image:
-    """One view as RGBA at its stored size, its mask put into alpha."""
-    read = picture.read(view.image, as_stored=True)
-    notes.extend(read.notes)
-    height, width = read.rgb.shape[:2]
-    if (width, height) != view.size:
-        raise UserError(
-            f"{view.image} is {width} x {height} but its camera is for {view.size[0]} x "
-            f"{view.size[1]}: give the pictures that the cameras were made for"
-        )
-    alpha = np.full((height, width), 255, np.uint8) if read.alpha is None else read.alpha
-    if view.mask is not None:
-        mask = picture.read(view.mask, as_stored=True).rgb.max(axis=-1)
-        if mask.shape != alpha.shape:
-            raise UserError(
-                f"{view.mask} is {mask.shape[1]} x {mask.shape[0]} but its picture {width} x "
-                f"{height}: give masks of the pictures' size"
-            )
-        alpha = np.minimum(alpha, mask)
-    return Image.fromarray(np.concatenate([read.rgb, alpha[..., None]], axis=-1))
+    """One view as RGBA at its stored size."""
+    rgb, alpha, remarks = pixels(view)
+    notes.extend(remarks)
+    alpha = np.full(rgb.shape[:2], 255, np.uint8) if alpha is None else alpha
+    return Image.fromarray(np.concatenate([rgb, alpha[..., None]], axis=-1))
 
 
 def _stack(
