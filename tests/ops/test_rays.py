@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from v3d_jax.ops import camera, metrics, rays
 from v3d_jax.ops.camera import Camera
@@ -169,6 +170,23 @@ def test_bilinear_is_exact_on_planes_and_repeats_the_border():
     np.testing.assert_allclose(slope, [2.0, -1.0], atol=1e-5)
     half = bilinear(plane.astype(jnp.bfloat16), jnp.asarray([[3.0, 2.0]]))
     assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_bilinear_look_up(channels):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(7, 9, *channels)).astype(np.float32)
+    pixels = rng.uniform(-3, 12, (200, 2)).astype(np.float32)
+    told = np.asarray(rays.bilinear(jnp.asarray(image), jnp.asarray(pixels)))
+    layers = image.reshape(7, 9, -1)
+    expected = [
+        ndimage.map_coordinates(layers[..., i], pixels.T[::-1] - 0.5, order=1, mode="nearest")
+        for i in range(layers.shape[-1])
+    ]
+    np.testing.assert_allclose(told.reshape(200, -1), np.stack(expected, -1), atol=1e-5)
+    centres = jnp.asarray([[0.5, 0.5], [8.5, 6.5], [3.5, 2.5]])
+    at = rays.bilinear(jnp.asarray(image), centres)
+    np.testing.assert_array_equal(at, image[[0, 6, 2], [0, 8, 3]])
 
 
 # A plane through `POINT` that no camera looks at squarely, with axes to paint it by.

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from v3d_jax.ops import camera
+from v3d_jax.ops.rays import Rays
 from v3d_jax.sdf import field, occupancy, render
 from v3d_jax.sdf.field import FieldConfig
 from v3d_jax.sdf.hashgrid import GridConfig
-from v3d_jax.sdf.render import Rays, RenderConfig
+from v3d_jax.sdf.render import RenderConfig
 
 GRID = GridConfig(levels=1, base=4)
 PLANE = FieldConfig(grid=GRID, width=1, outputs=2, color_width=4)

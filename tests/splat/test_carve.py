@@ -237,20 +237,3 @@ def test_viewing_box_of_parallel_cameras_lies_in_front():
     assert all(np.isfinite(field).all() for field in box)
     assert float(box.centre[2]) > 0.3
     assert float(box.inner) > 0
-
-
-@pytest.mark.parametrize("channels", [(), (3,)])
-def test_bilinear_look_up(channels):
-    rng = np.random.default_rng(0)
-    image = rng.normal(size=(7, 9, *channels)).astype(np.float32)
-    pixels = rng.uniform(-3, 12, (200, 2)).astype(np.float32)
-    told = np.asarray(carve.bilinear(jnp.asarray(image), jnp.asarray(pixels)))
-    layers = image.reshape(7, 9, -1)
-    expected = [
-        ndimage.map_coordinates(layers[..., i], pixels.T[::-1] - 0.5, order=1, mode="nearest")
-        for i in range(layers.shape[-1])
-    ]
-    np.testing.assert_allclose(told.reshape(200, -1), np.stack(expected, -1), atol=1e-5)
-    centres = jnp.asarray([[0.5, 0.5], [8.5, 6.5], [3.5, 2.5]])
-    at = carve.bilinear(jnp.asarray(image), centres)
-    np.testing.assert_array_equal(at, image[[0, 6, 2], [0, 8, 3]])

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from v3d_jax.ops import camera
 from v3d_jax.ops.camera import Camera
 
 # No camera sees a point nearer than this.
@@ -35,17 +34,28 @@ def pixel_rays(cameras: Camera, size: tuple[int, int]) -> Rays:
     `size` may be another resolution than the cameras', such as that of latents.
     """
     height, width = size
-    intrinsics = cameras.intrinsics[..., None]
-    y = _centres(cameras.height, height) - intrinsics[..., 1, 2, :]
-    y = (y / intrinsics[..., 1, 1, :])[..., :, None]
-    x = (_centres(cameras.width, width) - intrinsics[..., 0, 2, :])[..., None, :]
-    focal, skew = intrinsics[..., 0, 0, :, None], intrinsics[..., 0, 1, :, None]
-    x = (x - skew * y) / focal
-    local = jnp.stack([x, jnp.broadcast_to(y, x.shape), jnp.ones_like(x)], axis=-1)
-    pose = camera.camera_to_world(cameras)
-    directions = jnp.einsum("...ij,...hwj->...hwi", pose[..., :3, :3], local, precision=_HIGHEST)
+    y = _centres(cameras.height, height)[..., :, None]
+    x = _centres(cameras.width, width)[..., None, :]
+    pixels = jnp.stack(jnp.broadcast_arrays(x, y), axis=-1)
+    pose, intrinsics = (field[..., None, None, :, :] for field in cameras[:2])
+    return through(pose, intrinsics, pixels)
+
+
+def through(
+    world_to_camera: Float[Array, "*#b 4 4"],
+    intrinsics: Float[Array, "*#b 3 3"],
+    pixels: Float[Array, "*b 2"],
+) -> Rays:
+    """Rays from cameras through positions (x, y) in their pictures, in pixels."""
+    lens = intrinsics[..., :2, :]
+    y = (pixels[..., 1] - lens[..., 1, 2]) / lens[..., 1, 1]
+    x = (pixels[..., 0] - lens[..., 0, 2] - lens[..., 0, 1] * y) / lens[..., 0, 0]
+    local = jnp.stack([x, y, jnp.ones_like(x)], axis=-1)
+    rotation, offset = world_to_camera[..., :3, :3], world_to_camera[..., :3, 3]
+    directions = jnp.einsum("...ji,...j->...i", rotation, local, precision=_HIGHEST)
     directions = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
-    return Rays(jnp.broadcast_to(pose[..., None, None, :3, 3], directions.shape), directions)
+    origins = -jnp.einsum("...ji,...j->...i", rotation, offset, precision=_HIGHEST)
+    return Rays(jnp.broadcast_to(origins, directions.shape), directions)
 
 
 def _centres(length: Int[Array, "*v"], count: int) -> Float[Array, "*v l"]:
@@ -54,17 +64,25 @@ def _centres(length: Int[Array, "*v"], count: int) -> Float[Array, "*v l"]:
     return (places + 0.5) / count * length[..., None].astype(jnp.float32)
 
 
+def box_span(rays: Rays, radius: float) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """Distances at which rays enter and leave the cube [-radius, radius]^3, from 0 on.
+
+    Rays that miss it leave before they enter, or as they do.
+    """
+    tiny = 1e-9
+    directions = jnp.where(jnp.abs(rays.directions) < tiny, tiny, rays.directions)
+    ends = [(side * radius - rays.origins) / directions for side in (-1.0, 1.0)]
+    enter = jnp.maximum(jnp.max(jnp.minimum(*ends), axis=-1), 0.0)
+    return enter, jnp.min(jnp.maximum(*ends), axis=-1)
+
+
 def cube_span(rays: Rays) -> tuple[Float[Array, "*b h w"], Float[Array, "*b h w"]]:
-    """Distances [*b, h, w] at which rays enter and leave the cube [-1, 1]^3, from 0 on.
+    """As `box_span` of [-1, 1]^3, for rays [*b, h, w] of whole pictures.
 
     Rays that miss it take the nearest entry and the farthest exit of their picture, so that they
     are sampled where the others are; where all miss, from 0 to the cube's diagonal.
     """
-    tiny = 1e-9
-    directions = jnp.where(jnp.abs(rays.directions) < tiny, tiny, rays.directions)
-    ends = [(side - rays.origins) / directions for side in (-1.0, 1.0)]
-    enter = jnp.maximum(jnp.max(jnp.minimum(*ends), axis=-1), 0.0)
-    leave = jnp.min(jnp.maximum(*ends), axis=-1)
+    enter, leave = box_span(rays, 1.0)
     hit = leave > enter
     of_picture = {"axis": (-2, -1), "keepdims": True, "where": hit}
     nearest = jnp.min(enter, initial=jnp.inf, **of_picture)
@@ -123,22 +141,24 @@ def project(
     return jnp.where(visible[..., None], pixels, 0.0), visible
 
 
-def bilinear(image: Float[Array, "h w c"], pixels: Float[Array, "*n 2"]) -> Float[Array, "*n c"]:
-    """An image at pixel coordinates (x, y); outside its outermost pixel centres, their values.
+def bilinear(image: Float[Array, "h w *c"], pixels: Float[Array, "*n 2"]) -> Float[Array, "..."]:
+    """An image [*n, *c] at pixel coordinates (x, y), whose centres are at half-integers.
 
-    Interpolates in float32 and returns the dtype of `image`.
+    Beyond the outermost centres their values hold. Interpolates in float32 and returns the dtype of
+    `image`.
     """
-    height, width, channels = image.shape
+    height, width = image.shape[:2]
     x, y = (
         jnp.clip(pixels[..., axis] - 0.5, 0.0, length - 1.0)
         for axis, length in ((0, width), (1, height))
     )
     left, top = jnp.floor(x).astype(jnp.int32), jnp.floor(y).astype(jnp.int32)
     right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
-    x, y = (x - left)[..., None], (y - top)[..., None]
-    table = image.reshape(-1, channels)
+    shape = (*x.shape, *(1,) * (image.ndim - 2))
+    x, y = (x - left).reshape(shape), (y - top).reshape(shape)
+    table = image.reshape(-1, *image.shape[2:])
 
-    def tap(row: Array, column: Array) -> Float[Array, "*n c"]:
+    def tap(row: Array, column: Array) -> Float[Array, "..."]:
         found = table.at[row * width + column].get(mode="promise_in_bounds")
         return found.astype(jnp.float32)
 

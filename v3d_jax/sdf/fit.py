@@ -20,12 +20,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Key
 
 from v3d_jax.errors import UserError
+from v3d_jax.ops.rays import Rays
 from v3d_jax.sdf import field as fields
 from v3d_jax.sdf import losses, occupancy, render, start, targets, volume
 from v3d_jax.sdf.field import Field, FieldConfig
 from v3d_jax.sdf.hashgrid import GridConfig
 from v3d_jax.sdf.losses import LossConfig, Perceptual
-from v3d_jax.sdf.render import Rays, RenderConfig, Rendering
+from v3d_jax.sdf.render import RenderConfig, Rendering
 from v3d_jax.sdf.start import StartConfig
 from v3d_jax.sdf.targets import Background, Targets
 from v3d_jax.sdf.volume import Volume

@@ -19,6 +19,7 @@ from jax import lax, nn
 from jaxtyping import Array, Bool, Float, Int32
 
 from v3d_jax.ops import camera
+from v3d_jax.ops.rays import Rays, box_span, through
 from v3d_jax.sdf import field
 from v3d_jax.sdf.field import Evaluation, Field, FieldConfig, Level
 
@@ -37,13 +38,6 @@ class RenderConfig:
     samples: int = 32  # a ray
     coarse: int = 256  # bins in which a ray looks for the surface
     occupancy: int = 128  # cells a side
-
-
-class Rays(NamedTuple):
-    """Half lines; directions have unit length."""
-
-    origins: Float[Array, "r 3"]
-    directions: Float[Array, "r 3"]
 
 
 class Samples(NamedTuple):
@@ -73,15 +67,7 @@ def pixel_rays(
     cameras: camera.Camera, view: Int32[Array, "r"], pixels: Float[Array, "r 2"]
 ) -> Rays:
     """Rays through positions (x, y) of the given views, in pixels; centres are half-integers."""
-    intrinsics = cameras.intrinsics[view]
-    focal = jnp.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], axis=-1)
-    y = (pixels[:, 1] - intrinsics[:, 1, 2]) / focal[:, 1]
-    x = (pixels[:, 0] - intrinsics[:, 0, 2] - intrinsics[:, 0, 1] * y) / focal[:, 0]
-    local = jnp.stack([x, y, jnp.ones_like(x)], axis=-1)
-    pose = cameras.world_to_camera[view]
-    directions = jnp.einsum("rji,rj->ri", pose[:, :3, :3], local, precision=_HIGHEST)
-    origins = -jnp.einsum("rji,rj->ri", pose[:, :3, :3], pose[:, :3, 3], precision=_HIGHEST)
-    return Rays(origins, field.unit(directions))
+    return through(cameras.world_to_camera[view], cameras.intrinsics[view], pixels)
 
 
 def march(
@@ -96,7 +82,7 @@ def march(
 
     `occupancy` holds signed distances at cells' centres, `sharpness` is inv_s.
     """
-    near, far = _clip_to_box(config, rays)
+    near, far = box_span(rays, config.radius)
     step = (far - near) / render.coarse
     middle = near[:, None] + step[:, None] * (jnp.arange(render.coarse) + 0.5)[None]
     places = rays.origins[:, None] + middle[..., None] * rays.directions[:, None]
@@ -178,13 +164,3 @@ def render(
         samples,
         found,
     )
-
-
-def _clip_to_box(config: FieldConfig, rays: Rays) -> tuple[Float[Array, "r"], Float[Array, "r"]]:
-    """Where rays enter and leave the box; far <= near where they miss it."""
-    tiny = 1e-9
-    direction = jnp.where(jnp.abs(rays.directions) < tiny, tiny, rays.directions)
-    ends = [(side * config.radius - rays.origins) / direction for side in (-1.0, 1.0)]
-    near = jnp.minimum(*ends).max(axis=1)
-    far = jnp.maximum(*ends).min(axis=1)
-    return jnp.maximum(near, 0.0), far

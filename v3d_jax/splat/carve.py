@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from v3d_jax.ops import camera
+from v3d_jax.ops import camera, rays
 from v3d_jax.splat import silhouette
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -143,21 +143,6 @@ def usable(hull: Hull) -> Bool[Array, ""]:
     return inside(hull).any() & ~hull.full_masks.all()
 
 
-def bilinear(image: Float[Array, "h w *c"], pixels: Float[Array, "p 2"]) -> Float[Array, "p *c"]:
-    """Values between pixel centres, which lie at half-integers; the border's beyond it."""
-    height, width = image.shape[:2]
-    x = jnp.clip(pixels[:, 0] - 0.5, 0.0, width - 1.0)
-    y = jnp.clip(pixels[:, 1] - 0.5, 0.0, height - 1.0)
-    left, top = jnp.floor(x).astype(jnp.int32), jnp.floor(y).astype(jnp.int32)
-    right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
-    shape = (-1,) + (1,) * (image.ndim - 2)
-    a, b = (x - left).reshape(shape), (y - top).reshape(shape)
-    flat = image.reshape(height * width, *image.shape[2:])
-    upper = flat[top * width + left] * (1.0 - a) + flat[top * width + right] * a
-    lower = flat[bottom * width + left] * (1.0 - a) + flat[bottom * width + right] * a
-    return upper * (1.0 - b) + lower * b
-
-
 def see(
     view: camera.Camera, points: Float[Array, "p 3"]
 ) -> tuple[Float[Array, "p 2"], Float[Array, "p"], Float[Array, "p"]]:
@@ -187,7 +172,7 @@ def _distance(
         outline, skipped, lens = view
         pixels, depth, reach = see(lens, points)
         focal = jnp.maximum(lens.intrinsics[0, 0], lens.intrinsics[1, 1])
-        value = bilinear(outline, pixels) * depth**2 / (focal * jnp.maximum(reach, 1e-12))
+        value = rays.bilinear(outline, pixels) * depth**2 / (focal * jnp.maximum(reach, 1e-12))
         value = jnp.where(skipped, jnp.inf, jnp.where(depth > 0, value, depth))
         kept = []
         for old in least:

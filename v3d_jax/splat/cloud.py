@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from v3d_jax.ops import camera
+from v3d_jax.ops import camera, rays
 from v3d_jax.splat import carve, silhouette
 
 GREY = 0.5
@@ -151,7 +151,7 @@ def paint(
         facing = jnp.maximum((towards * normals).sum(axis=-1), 0.0)
         clear = _reaches_out(positions, normals, towards, hull)
         share = jnp.where(clear, facing**_FACING_POWER, 0.0) + _UNSEEN
-        sample = carve.bilinear(layers, pixels) * jnp.where(shown, share, 0.0)[:, None]
+        sample = rays.bilinear(layers, pixels) * jnp.where(shown, share, 0.0)[:, None]
         visible = shown & clear & (facing > 0.1) & (sample[:, 3] > 0)
         return (total + sample[:, :3], weight + sample[:, 3], seen | visible), None
 
