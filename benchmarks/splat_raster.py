@@ -134,7 +134,10 @@ def stages(config: rasterize.RasterConfig) -> dict[str, Callable[..., Any]]:
         projection = rasterize.project_gaussians(gaussians, camera, config)
         if stage == 0:
             return projection
-        order, distance = bins.by_depth(projection, jax.nn.log_sigmoid(gaussians.opacity_logits))
+        log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
+        views, count = projection.depth.shape
+        tiles = bins.tiling(views, *size)
+        order, distance = bins.by_depth(projection, log_opacity, tiles)
         if stage == 1:
             return order, distance, projection[:7]
         boxes = bins.boxes_in_order(projection, order, distance, size)
@@ -143,15 +146,13 @@ def stages(config: rasterize.RasterConfig) -> dict[str, Callable[..., Any]]:
         runs = binning.expand(boxes.count, capacity)
         if stage == 3:
             return boxes, runs
-        views, count = projection.depth.shape
-        key = bins.tile_keys(boxes, runs, order // count, views, size)
+        key = bins.tile_keys(boxes, runs, order // count, tiles, size)
         if stage == 4:
             return key, runs.owner
-        tile, slot = binning.sort_by_key(key, jnp.arange(capacity, dtype=jnp.int32))
+        tile, slot = bins.by_tile(key, boxes, order // count, tiles)
         if stage == 5:
             return tile, slot, runs.owner
-        rows, columns = bins.grid(*size)
-        return binning.sorted_offsets(tile, views * rows * columns), slot, runs.owner
+        return binning.sorted_offsets(tile, tiles.tiles), slot, runs.owner
 
     names = ["project", "sort by depth", "gather, boxes", "expand", "tile test", "sort by tile"]
     names.append("offsets")

@@ -116,3 +116,35 @@ def test_keys_of_16_and_32_bits_list_the_same():
     last = int(flat.offsets[-1])
     ranks = (np.asarray(found.order)[np.asarray(found.rank[:last])] for found in (tall, flat))
     np.testing.assert_array_equal(*ranks)
+
+
+def test_views_binned_in_halves_look_the_same(monkeypatch):
+    gaussians = scenes.as_float(scenes.scene("mixed"), jnp.float32)
+    camera = scenes.views(3)
+
+    def seen():
+        def channels(gaussians):
+            found = rasterize.rasterize(gaussians, camera, scenes.CONFIG)
+            layers = jnp.stack([found.alpha, found.depth, *jnp.moveaxis(found.color, -1, 0)])
+            return layers, found.slots
+
+        weights = np.random.default_rng(0).normal(size=(5, 3, scenes.HEIGHT, scenes.WIDTH))
+
+        def loss(gaussians):
+            layers, slots = channels(gaussians)
+            return jnp.sum(layers * weights), (layers, slots)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(gaussians)
+
+    (_, (whole, slots)), wanted = seen()
+    # 16 bits as if they held two views' tiles, but not three views'
+    rows, columns = bins.grid(scenes.WIDTH, scenes.HEIGHT)
+    monkeypatch.setattr(bins, "MOST_SHORT", 2 * rows * columns)
+    assert bins.tiling(3, scenes.WIDTH, scenes.HEIGHT) == (2, 2, rows, columns)
+    assert bins.tiling(2, scenes.WIDTH, scenes.HEIGHT).parts == 1
+    assert bins.tiling(5, scenes.WIDTH, scenes.HEIGHT).parts == 1
+    (_, (halved, again)), found = seen()
+    assert int(again) == int(slots)
+    np.testing.assert_allclose(halved, whole, rtol=1e-6, atol=1e-6)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v3d_jax.ops import camera
-from v3d_jax.splat import rasterize
+from v3d_jax.splat import bin, rasterize
 
 BACKGROUND = np.asarray([1.0, 0.5, 0.0])
 IMAGE_MAX, IMAGE_RMS, GRADIENT = 2e-5, 5e-7, 2e-5
@@ -79,10 +78,10 @@ def test_a_block_is_a_sixth_of_the_capacity_within_bounds():
     found = []
     for side, slots, views in sizes:
         config = rasterize.RasterConfig(width=side, height=side, slots=slots)
-        found.append(rasterize._block(config, camera.orbit(views, width=side, height=side)))
+        found.append(rasterize._block(config, bin.tiling(views, side, side)))
     assert found == [1024, 2048, 16384, 65536]
     small = rasterize.RasterConfig(width=16, height=16, slots=64)
-    assert rasterize._block(small, camera.orbit(1, width=16, height=16)) == 4 + 4
+    assert rasterize._block(small, bin.tiling(1, 16, 16)) == 4 + 4
 
 
 @pytest.mark.slow

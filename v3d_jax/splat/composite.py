@@ -28,15 +28,14 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from v3d_jax.ops import binning
 from v3d_jax.splat import chunk as chunks
-from v3d_jax.splat.bin import TILE, Bins
+from v3d_jax.splat.bin import TILE, Bins, Tiling
 from v3d_jax.splat.chunk import CHUNK, HIDDEN, PIXELS, SHAPE
 
 
 class Layout(NamedTuple):
     """Static sizes (all but the last decide shapes)."""
 
-    rows: int  # of tiles
-    columns: int
+    tiles: Tiling
     block: int  # chunks computed at a time
     unroll: bool | None  # see `chunk.per_platform`
 
@@ -142,7 +141,7 @@ def _backward(
 
     slots = jnp.zeros((capacity, size), features.dtype)
     slots = _loop(one_block, live.count, layout.block, slots)
-    tiles = layout.rows * layout.columns
+    tiles = layout.tiles.rows * layout.tiles.columns
     # The barrier, or a GPU would search the tree anew for every product below.
     owners = lax.optimization_barrier(binning.run_sums(slots, bins.run_start, bins.run_end, tiles))
     g, gx, gy, gxx, gxy, gyy = (owners[:, i] for i in range(SHAPE))
@@ -173,9 +172,9 @@ def _cut(layout: Layout, features: Array, bins: Bins) -> _Chunks:
     index = jnp.where(there, cut.start[:, None] + k, 0)
     # One permutation of all owners first: gathers of slots then stay within neighbours' rows.
     splats = features[bins.order][bins.rank[index]]  # [c, k, f]
-    place = tile % (layout.rows * layout.columns)
-    x = (place % layout.columns) * TILE + 0.5 * TILE
-    y = (place // layout.columns) * TILE + 0.5 * TILE
+    place = tile // layout.tiles.parts  # row and column in the last places
+    x = (place % layout.tiles.columns) * TILE + 0.5 * TILE
+    y = (place // layout.tiles.columns % layout.tiles.rows) * TILE + 0.5 * TILE
     # Whole rows at once: stacked columns would have a GPU's threads take a branch for each.
     column = jnp.arange(features.shape[1])[None, None]
     centre = jnp.where(column == 0, x[:, None, None], y[:, None, None])

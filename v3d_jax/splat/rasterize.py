@@ -21,7 +21,7 @@ from v3d_jax.ops import binning
 from v3d_jax.ops import camera as cameras
 from v3d_jax.ops.camera import Camera
 from v3d_jax.splat import gaussians as splats
-from v3d_jax.splat.bin import TILE, Bins, bin_splats, grid
+from v3d_jax.splat.bin import TILE, Bins, Tiling, bin_splats, tiling
 from v3d_jax.splat.composite import Layout, composite
 from v3d_jax.splat.gaussians import Gaussians
 from v3d_jax.splat.project import NEAR, Projection, project
@@ -72,15 +72,16 @@ def rasterize(
     shown = splats.color(gaussians.sh, gaussians.means, cameras.position(camera))
     log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
     bins = bin_gaussians(gaussians, projection, config)
-    rows, columns = grid(config.width, config.height)
+    tiles = tiling(len(camera.intrinsics), config.width, config.height)
     p = projection
     fields = [p.mean_x, p.mean_y, 0.5 * p.conic_xx, p.conic_xy, 0.5 * p.conic_yy]
     fields += [jnp.broadcast_to(log_opacity, p.depth.shape)]
     fields += [*(shown[..., i] for i in range(3)), p.depth]
-    layout = Layout(rows, columns, _block(config, camera), config.unroll)
+    layout = Layout(tiles, _block(config, tiles), config.unroll)
     fields = tuple(field.reshape(-1) for field in fields)
     channels, left = composite(layout, fields, bins)
-    image = _to_image(jnp.concatenate([channels, left[None]]), config)
+    image = _to_image(jnp.concatenate([channels, left[None]]), tiles)
+    image = image[: len(camera.intrinsics), : config.height, : config.width]
     color, depth, left = image[..., :3], image[..., 3], image[..., 4]
     alpha = 1.0 - left
     if background is not None:
@@ -145,23 +146,21 @@ def rasterize_growing(
     return result, config
 
 
-def _block(config: RasterConfig, camera: Camera) -> int:
+def _block(config: RasterConfig, tiles: Tiling) -> int:
     """Chunks a block, no more than there can be.
 
     Few blocks keep a GPU busy, but the last one is computed whole and a block takes 8 KiB a chunk
     in the gradient.
     """
-    rows, columns = grid(config.width, config.height)
-    most = config.slots // 16 + camera.intrinsics.shape[0] * rows * columns
+    most = config.slots // 16 + tiles.tiles
     if config.block is not None:
         return min(config.block, most)
     return min(max(1 << round(math.log2(most / _BLOCKS)), _SMALLEST), _LARGEST, most)
 
 
-def _to_image(tiles: Float[Array, "d g p"], config: RasterConfig) -> Float[Array, "i h w d"]:
+def _to_image(channels: Float[Array, "d g p"], tiles: Tiling) -> Float[Array, "i h w d"]:
     """Channels of tiles as images with the channels last."""
-    rows, columns = grid(config.width, config.height)
-    image = tiles.reshape(tiles.shape[0], -1, rows, columns, TILE, TILE)
-    image = image.transpose(1, 2, 4, 3, 5, 0)
-    image = image.reshape(-1, rows * TILE, columns * TILE, tiles.shape[0])
-    return image[:, : config.height, : config.width]
+    parts, views, rows, columns = tiles
+    image = channels.reshape(-1, views, rows, columns, parts, TILE, TILE)
+    image = image.transpose(4, 1, 2, 5, 3, 6, 0)
+    return image.reshape(parts * views, rows * TILE, columns * TILE, -1)
