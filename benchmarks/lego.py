@@ -9,7 +9,8 @@ the same losses, budget and number of view-steps. Scores are means over the view
 fitted. Bars: our PSNR is at least gsplat's better one less 0.1 dB at 100,000 Gaussians; at
 800 x 800 it is at least 33 dB within 60 seconds on one H200. Measured there: 35.78 dB at 800 x 800
 (gsplat 35.21 by default, 35.01 with MCMC) and 35.85 at 400 x 400 (35.31 and 35.46). At 800 x 800
-the 7,000 steps take 32 seconds, 82 with compilation. JAX takes most of a GPU's memory for itself:
+the 7,000 steps take 32 seconds, 70 with compilation; `--steps 4000` ends at 34.08 dB after 48.6
+seconds, compilation included. JAX takes most of a GPU's memory for itself:
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
 """
 

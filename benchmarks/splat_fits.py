@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from gsplat_peer import Fitted
 
-from v3d_jax import errors, pipeline
+from v3d_jax import errors, pipeline, splatting
 from v3d_jax.nn import lpips
-from v3d_jax.ops import binning, camera, metrics
-from v3d_jax.ops import image as images
+from v3d_jax.ops import binning, camera
 from v3d_jax.splat import fit, rasterize, recipe
 from v3d_jax.splat.gaussians import Gaussians
 from v3d_jax.weights import lpips as lpips_weights
@@ -48,16 +47,10 @@ class Judge:
         """Both are [v, h, w, 3] in [0, 1]."""
         rows = []
         for render, frame in zip(renders, truth, strict=True):
-            a, b = jnp.asarray(render[None]), jnp.asarray(frame[None])
-            values = [metrics.psnr(a, b), metrics.ssim(a, b)]
-            if self.params is not None:
-                values.append(_distance(self.params, images.to_network(a), images.to_network(b)))
-            rows.append([float(value[0]) for value in values])
+            values = splatting.score_jit(self.params, jnp.asarray(render), jnp.asarray(frame))
+            rows.append([float(value) for value in values])
         means = np.mean(rows, axis=0).tolist()
         return Scores(means[0], means[1], means[2] if len(means) > 2 else None)
-
-
-_distance = jax.jit(lpips.distance)
 
 
 def vgg() -> lpips.LPIPSParams | None:

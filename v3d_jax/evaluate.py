@@ -24,8 +24,8 @@ from v3d_jax import __version__, errors, pipeline
 from v3d_jax.data import baselines, heldout, orbits, scores
 from v3d_jax.diffusion import sampler
 from v3d_jax.nn import lpips
+from v3d_jax.ops import compiling, metrics
 from v3d_jax.ops import image as images
-from v3d_jax.ops import metrics
 from v3d_jax.weights import folder, packaged, settings
 from v3d_jax.weights import lpips as lpips_weights
 
@@ -159,7 +159,7 @@ def predict(
     size, count = config.generator.frame_size[0], config.generator.num_frames
     nearest = heldout.neighbours(objects, known, size)
     sample, rebuild = (jax.jit(stage, static_argnums=0) for stage in (generate, reconstruct))
-    compare = jax.jit(score)
+    compare = jax.jit(score, compiler_options=compiling.FIT_OPTIONS)
     total = len(objects.places)
     for first in range(0, total, batch):
         # The last batch repeats its last object, so that every batch has the compiled shape.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from v3d_jax import console, errors, pipeline
 from v3d_jax.data import views
 from v3d_jax.nn import lpips
-from v3d_jax.ops import camera, metrics
+from v3d_jax.ops import camera, compiling, metrics
 from v3d_jax.ops import image as images
 from v3d_jax.splat import carve, cloud, fit, rasterize, recipe, silhouette
 from v3d_jax.splat.gaussians import MAX_DEGREE, Gaussians
@@ -249,17 +249,25 @@ def scores(
         params = load_lpips("alex", "the report has no LPIPS")
     rows = []
     for render, frame in zip(renders, truth, strict=True):
-        a, b = jnp.asarray(render[None], jnp.float32) / 255.0, jnp.asarray(frame[None])
-        values = [metrics.psnr(a, b), metrics.ssim(a, b)]
-        if params is not None:
-            values.append(_distance(params, images.to_network(a), images.to_network(b)))
-        rows.append([float(value[0]) for value in values])
+        pair = jnp.asarray(render, jnp.float32) / 255.0, jnp.asarray(frame)
+        rows.append([float(value) for value in score_jit(params, *pair)])
     means = np.mean(rows, axis=0)
     found = dict(zip(("psnr", "ssim", "lpips"), means.tolist(), strict=False))
     return {name: found.get(name) for name in ("psnr", "ssim", "lpips")}
 
 
-_distance = jax.jit(lpips.distance)
+def score(
+    params: lpips.LPIPSParams | None, render: Float[Array, "h w 3"], frame: Float[Array, "h w 3"]
+) -> list[Float[Array, ""]]:
+    """PSNR and SSIM of a picture in [0, 1], and LPIPS where there are parameters."""
+    a, b = render[None], frame[None]
+    values = [metrics.psnr(a, b), metrics.ssim(a, b)]
+    if params is not None:
+        values.append(lpips.distance(params, images.to_network(a), images.to_network(b)))
+    return [value[0] for value in values]
+
+
+score_jit = jax.jit(score, compiler_options=compiling.FIT_OPTIONS)
 
 
 def load_lpips(net: Literal["vgg", "alex"], otherwise: str) -> lpips.LPIPSParams | None:

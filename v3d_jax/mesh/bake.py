@@ -8,6 +8,7 @@ texels, or vertices).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from v3d_jax.mesh.texels import Texels
 from v3d_jax.mesh.texture import Targets, TextureConfig
 from v3d_jax.mesh.topology import Triangles
 from v3d_jax.mesh.unwrap import Atlas
-from v3d_jax.ops import binning
+from v3d_jax.ops import binning, compiling
 
 Color = Callable[[Float[Array, "n 3"]], Float[Array, "n 3"]]
 
@@ -128,7 +129,7 @@ def _colored(prior: Color, points: Float[np.ndarray, "s 3"]) -> Float[np.ndarray
     return np.asarray(_evaluate(field, jnp.asarray(np.pad(points, more))))[:count]
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=compiling.FIT_OPTIONS)
 def _evaluate(field: Color, points: Float[Array, "s 3"]) -> Float[Array, "s 3"]:
     return field(points)
 

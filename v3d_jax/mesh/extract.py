@@ -15,6 +15,7 @@ for the coarse grid and 11 to 15 for the fine one: under 6 million points instea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from v3d_jax.errors import UserError
 from v3d_jax.mesh import topology
 from v3d_jax.mesh.topology import Triangles
+from v3d_jax.ops import compiling
 
 Sdf = Callable[[Float[Array, "n 3"]], Float[Array, "n"]]
 
@@ -121,7 +123,7 @@ def _fill(
         blocks[x, :, y, :, z, :] = np.where(small, np.where(values < 0, -least, least), values)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=compiling.FIT_OPTIONS)
 def _evaluate(
     field: Sdf, blocks: Int[Array, "k 3"], corner: Float[Array, "3"], cell: Float[Array, ""]
 ) -> Float[Array, "k 8 8 8"]:

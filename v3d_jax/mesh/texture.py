@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
 from v3d_jax.mesh import operator
 from v3d_jax.mesh.operator import Operator, Sizes
+from v3d_jax.ops import compiling
 from v3d_jax.ops.camera import Camera
 
 Features = Any  # a tree of arrays with the view as first axis
@@ -103,7 +104,7 @@ def advance(
     return lax.scan(one, state, None, length=steps)
 
 
-advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 9))
+advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 9), compiler_options=compiling.FIT_OPTIONS)
 
 
 def draw_view(key: Key[Array, ""], step: Int32[Array, ""], total: int) -> Int32[Array, ""]:
@@ -112,7 +113,7 @@ def draw_view(key: Key[Array, ""], step: Int32[Array, ""], total: int) -> Int32[
     return deck[step % total]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=compiling.FIT_OPTIONS)
 def target_features(perceptual: Perceptual, params: Any, images: Array) -> Features:
     """Features of all frames, which stay the same; one view at a time."""
 

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Key
 
 from v3d_jax.errors import UserError
+from v3d_jax.ops import compiling
 from v3d_jax.ops.rays import Rays
 from v3d_jax.sdf import field as fields
 from v3d_jax.sdf import losses, occupancy, render, start, targets, volume
@@ -135,8 +136,8 @@ def advance(
     return lax.scan(one, state, None, length=steps)
 
 
-begin_jit = jax.jit(begin, static_argnums=0)
-advance_jit = jax.jit(advance, static_argnums=(0, 1, 6))
+begin_jit = jax.jit(begin, static_argnums=0, compiler_options=compiling.FIT_OPTIONS)
+advance_jit = jax.jit(advance, static_argnums=(0, 1, 6), compiler_options=compiling.FIT_OPTIONS)
 
 
 def run(

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Key
 
 from v3d_jax.errors import UserError
-from v3d_jax.ops import camera
+from v3d_jax.ops import camera, compiling
 from v3d_jax.splat import densify, objective, rasterize, silhouette
 from v3d_jax.splat.densify import DensifyConfig
 from v3d_jax.splat.gaussians import Gaussians, sh_degree
@@ -180,7 +180,8 @@ def advance(
     return lax.scan(one, state, None, length=steps)
 
 
-advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 7))
+features_jit = jax.jit(with_features, static_argnums=(0, 2), compiler_options=compiling.FIT_OPTIONS)
+advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 7), compiler_options=compiling.FIT_OPTIONS)
 
 
 def run(
@@ -201,7 +202,7 @@ def run(
     it, so the result is that of a run with enough room from the start. `progress` is told the steps
     done and the loss. Raises `UserError` when the loss is no longer a number.
     """
-    targets = jax.jit(with_features, static_argnums=(0, 2))(config, targets, perceptual, params)
+    targets = features_jit(config, targets, perceptual, params)
     state, done = begin(gaussians, len(targets.images)), 0
     while done < config.steps:
         steps = min(chunk, config.steps - done)
