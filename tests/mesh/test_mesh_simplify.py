@@ -4,6 +4,8 @@ import mesh_shapes
 import numpy as np
 import pytest
 import trimesh
+from scipy import ndimage
+from skimage import measure
 
 from v3d_jax.mesh import extract, simplify, topology
 from v3d_jax.mesh.topology import Triangles
@@ -50,6 +52,27 @@ def test_sheets_that_share_an_edge_are_parted():
     assert cell == {tuple(place.astype(int)) for place in places}
     whole = topology.unpinched(cube)
     np.testing.assert_array_equal(whole.faces, cube.faces)
+
+
+def test_faces_back_to_back_are_dropped():
+    """Their edges would be crowded again however often they are cut."""
+    ball = solid(trimesh.creation.icosphere(2))
+    a, b, c = ball.faces[7]
+    fold = np.int32([[a, b, 0], [0, b, a], [c, 0, a], [a, 0, c], [a, 0, c]])
+    folded = ball._replace(faces=np.concatenate([fold[:3], ball.faces, fold[3:]]))
+    found = topology.unpinched(folded)
+    wanted = np.concatenate([ball.faces, fold[4:]])
+    np.testing.assert_array_equal(topology.unfolded(folded).faces, wanted)
+    np.testing.assert_array_equal(found.faces, wanted)
+    assert topology.unfolded(ball) is ball
+
+
+def test_the_share_of_sharp_edges():
+    """Of a cube's 18 edges 12 are its own, the others lie in its faces."""
+    cube = solid(trimesh.creation.box(extents=[1, 2, 3]))
+    assert topology.sharp(cube, 89.0) == pytest.approx(12 / 18)
+    assert topology.sharp(cube, 91.0) == 0.0
+    assert topology.sharp(solid(trimesh.creation.icosphere(3)), 20.0) == 0.0
 
 
 def test_flaws_are_found():
@@ -110,7 +133,7 @@ def test_a_broken_result_is_not_used(monkeypatch):
         found = sound(triangles, faces, boldness)
         return found if len(tried) == 3 else topology.kept(found, np.arange(len(found.faces)) > 0)
 
-    monkeypatch.setattr(simplify, "_MILD", (3.0, 4.0, 3.5))
+    monkeypatch.setattr(simplify, "_BOLDNESS", (3.0, 4.0, 3.5, 5.0))
     monkeypatch.setattr(simplify, "_collapsed", collapsed)
     found = simplify.simplify(ball, 3_000)
     assert len(tried) == 3
@@ -119,3 +142,17 @@ def test_a_broken_result_is_not_used(monkeypatch):
         simplify, "_collapsed", lambda *_: topology.kept(ball, ball.faces[:, 0] > 9)
     )
     assert simplify.simplify(ball, 3_000) is ball
+
+
+def test_a_surface_as_rough_as_its_samples_keeps_to_the_number_of_faces():
+    """No setting keeps all of its handles: all faces would come back, for minutes of unwrapping."""
+    steps = np.linspace(-1.0, 1.0, 80)
+    radius = np.sqrt(sum(axis**2 for axis in np.meshgrid(steps, steps, steps, indexing="ij")))
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=radius.shape), 1.5)
+    points, corners, _, _ = measure.marching_cubes(np.float32(radius - 0.7 + 0.6 * noise), 0.0)
+    rough = topology.largest(Triangles(np.float32(points), np.int32(corners)), 0.01)
+    assert len(rough.faces) > 40_000
+    assert topology.euler_number(rough) < -10
+    found = simplify.simplify(rough, 8_000)
+    assert 7_200 < len(found.faces) <= 16_000
+    assert topology.is_watertight(found)

@@ -2,7 +2,7 @@
 
 Garland and Heckbert's collapses (1997) through fast-simplification. How boldly it collapses decides
 over more than time: its own default leaves errors four times as large, folds and open edges. So
-mild settings come first, every result is examined, and one that broke the surface is not used.
+mild settings come first, every result is examined, and one that is open is not used.
 """
 
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from v3d_jax.mesh import topology
 from v3d_jax.mesh.topology import Triangles
 
 FACES = 25_000
-# Aggressiveness in the order of trial; one of fast-simplification's steps multiplies its threshold.
-_MILD, _BOLD = (3.0, 2.0, 1.0), 5.0
-_ENOUGH = 1.1  # times the faces wanted
+# Aggressiveness in the order of trial: fast-simplification's growth of the error that it allows.
+_BOLDNESS = (3.0, 2.0, 1.0, 5.0)
+_ENOUGH, _MOST = 1.1, 2.0  # times the faces wanted
 # A face's height must be this share of its longest side.
 _FLATTEST = 1e-4
 _NEIGHBOURS = 8
@@ -37,23 +37,25 @@ class Flaws(NamedTuple):
 def simplify(triangles: Triangles, faces: int = FACES) -> Triangles:
     """The same closed surface with about `faces` faces; as it is, if it has no more.
 
-    More faces stay where fewer would break the surface: the result is watertight, of the same
-    Euler number, and has no flipped faces unless no setting avoids them.
+    The result is watertight, of the same Euler number, and without flipped faces, and has up to
+    twice the faces where fewer would break that. A surface as rough as its samples is given up for
+    the number of faces: it loses handles finer than those, or keeps some flaws. What comes back
+    whole is a surface that no setting keeps closed.
     """
     if len(triangles.faces) <= faces:
         return triangles
     number = topology.euler_number(triangles)
-    best, fewest = triangles, len(triangles.faces)
-    for boldness in _MILD:
+    best, least = triangles, None
+    for boldness in _BOLDNESS:
         found = _collapsed(triangles, faces, boldness)
-        if not topology.is_watertight(found) or topology.euler_number(found) != number:
+        if not topology.is_watertight(found):
             continue
-        flawed = flaws(found, triangles).count
-        if flawed == 0 and len(found.faces) > _ENOUGH * faces:
-            return _bolder(found, triangles, faces, number)
-        if flawed < fewest:
-            best, fewest = found, flawed
-        if flawed == 0:
+        changed, flawed = topology.euler_number(found) != number, flaws(found, triangles).count
+        count = len(found.faces)
+        rank = (count > _MOST * faces, changed, flawed, count > _ENOUGH * faces)
+        if least is None or rank < least:
+            best, least = found, rank
+        if not any(rank):
             break
     return best
 
@@ -71,13 +73,6 @@ def flaws(triangles: Triangles, original: Triangles) -> Flaws:
     near = tree.query(corners.mean(axis=1), count)[1].reshape(len(corners), -1)
     facing = np.einsum("fc,fkc->fk", normal, topology.vertex_normals(original)[near]).max(axis=1)
     return Flaws(area <= _FLATTEST * longest**2, facing <= 0.0)
-
-
-def _bolder(found: Triangles, original: Triangles, faces: int, number: int) -> Triangles:
-    """Collapses on from a sound result that mild settings left with too many faces."""
-    more = _collapsed(original, faces, _BOLD)
-    sound = topology.is_watertight(more) and topology.euler_number(more) == number
-    return more if sound and flaws(more, original).count == 0 else found
 
 
 def _collapsed(triangles: Triangles, faces: int, boldness: float) -> Triangles:

@@ -66,6 +66,18 @@ def components(triangles: Triangles) -> Int[np.ndarray, "f"]:
     return np.unique(label[triangles.faces[:, 0]], return_inverse=True)[1].reshape(-1)
 
 
+def sharp(triangles: Triangles, degrees: float) -> float:
+    """The share of a closed surface's edges at which normals turn by more than that."""
+    normal = cross(triangles).astype(np.float64)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-30)
+    ends = np.sort(_directed(triangles.faces).astype(np.int64), axis=1)
+    order = np.lexsort(ends.T)
+    ends, face = ends[order], order % len(triangles.faces)
+    joined = (ends[1:] == ends[:-1]).all(axis=1)
+    turn = (normal[face[1:]] * normal[face[:-1]]).sum(axis=1)[joined]
+    return float((turn < np.cos(np.radians(degrees))).mean()) if len(turn) else 0.0
+
+
 def volumes(triangles: Triangles, label: Int[np.ndarray, "f"]) -> Float[np.ndarray, "n"]:
     """What each component encloses; negative for a cavity, whose faces look inwards."""
     a = np.asarray(triangles.vertices, np.float64)[triangles.faces[:, 0]]
@@ -88,12 +100,35 @@ def kept(triangles: Triangles, keep: Bool[np.ndarray, "f"]) -> Triangles:
     return Triangles(triangles.vertices[used], number[faces].astype(np.int32))
 
 
+def unfolded(triangles: Triangles) -> Triangles:
+    """Without pairs of faces of the same three vertices that look in opposite directions."""
+    first = np.argmin(triangles.faces, axis=1)
+    a, b, c = (
+        np.take_along_axis(triangles.faces, ((first + k) % 3)[:, None], 1)[:, 0] for k in range(3)
+    )
+    same = np.stack([a, np.minimum(b, c), np.maximum(b, c)], axis=1)
+    group = np.unique(same, axis=0, return_inverse=True)[1].reshape(-1)
+    keep = np.ones(len(group), bool)
+    # Of every group as many of either direction go as there are of the rarer one.
+    ways = [b < c, b > c]
+    counts = [np.bincount(group[way], minlength=group.max(initial=-1) + 1) for way in ways]
+    for way in ways:
+        members = np.flatnonzero(way)
+        members = members[np.argsort(group[members], kind="stable")]
+        ordered = group[members]
+        place = np.arange(len(members)) - np.searchsorted(ordered, ordered)
+        keep[members] = place >= np.minimum(*counts)[ordered]
+    return triangles if keep.all() else kept(triangles, keep)
+
+
 def unpinched(triangles: Triangles) -> Triangles:
     """The same shape where no edge has more than two faces: further pairs get a vertex midway.
 
     Faces around such an edge are paired as the two sides of one wedge of the solid; what has no
-    partner of the opposite direction stays as it is.
+    partner of the opposite direction stays as it is. Faces that lie back to back are dropped.
     """
+    # They have nothing between them, and however often they were cut, their edges would meet.
+    triangles = unfolded(triangles)
     while True:
         ends = _directed(triangles.faces).astype(np.int64)
         key = ends.min(axis=1) << 32 | ends.max(axis=1)
@@ -101,7 +136,7 @@ def unpinched(triangles: Triangles) -> Triangles:
         crowded = np.flatnonzero(count[edge.reshape(-1)] > 2)
         crowded = crowded[np.argsort(key[crowded], kind="stable")]
         groups = np.split(crowded, np.flatnonzero(np.diff(key[crowded])) + 1)
-        pairs = [pair for group in groups if len(group) for pair in _wedges(triangles, group)]
+        pairs = [pair for group in groups if len(group) for pair in _wedges(triangles, ends, group)]
         # A face with two such edges has its turn with the second one in the next round.
         taken, chosen = set(), []
         for pair in pairs:
@@ -128,11 +163,12 @@ def _parted(triangles: Triangles, pairs: list[tuple[int, int]]) -> Triangles:
     return Triangles(vertices, np.concatenate([faces, np.asarray(more, faces.dtype)]))
 
 
-def _wedges(triangles: Triangles, halves: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
+def _wedges(
+    triangles: Triangles, ends: Int[np.ndarray, "h 2"], halves: Int[np.ndarray, "n"]
+) -> list[tuple[int, int]]:
     """Pairs of half-edges of one edge between which the solid lies, but for the first pair."""
-    number, points = len(triangles.faces), np.asarray(triangles.vertices, np.float64)
-    ends = _directed(triangles.faces)[halves]
-    low, high = points[ends[0].min()], points[ends[0].max()]
+    number, points, ends = len(triangles.faces), triangles.vertices, ends[halves]
+    low, high = (points[end].astype(np.float64) for end in (ends[0].min(), ends[0].max()))
     axis = (high - low) / max(np.linalg.norm(high - low), 1e-30)
     away = points[triangles.faces[halves % number, (halves // number + 2) % 3]] - low
     away -= (away @ axis)[:, None] * axis

@@ -13,13 +13,17 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from v3d_jax.errors import UserError
+from v3d_jax.mesh import topology
 from v3d_jax.mesh.topology import Triangles
 
 GUTTER = 4
-# Cost at which charts stop to grow: small charts are quick to make and mostly pack well. Every
-# place is tried for every chart, which is quick only on a grid coarser than the texture: cells as
-# wide as the gutter, and no more than these a side.
-_COSTS = (0.3, 0.5, 1.0, 2.0)
+# Cost at which charts stop to grow: small charts are quick to make and mostly pack well, but on a
+# rough surface of 25,000 faces xatlas makes thousands of them, which takes minutes.
+_COSTS, _ROUGH_COSTS = (0.5, 1.0, 2.0), (2.0, 4.0)
+_ROUGH = 0.03  # share of sharp edges from which a surface is rough
+_SHARP = 45.0  # degrees between the normals of two faces
+# Every place is tried for every chart, which is quick only on a grid coarser than the texture:
+# cells as wide as the gutter, and no more than these a side.
 _ROUNDNESS = 0.1
 _CELLS = 256
 _SIDE = 1000.0
@@ -48,7 +52,7 @@ def unwrap(triangles: Triangles, size: int, gutter: int = GUTTER) -> Atlas:
     if not available():
         raise UserError("textures need xatlas: pip install xatlas, or ask for vertex colours")
     best, most = None, -1.0
-    for cost in _COSTS:
+    for cost in _ROUGH_COSTS if topology.sharp(triangles, _SHARP) > _ROUGH else _COSTS:
         found = _packed(triangles, size, gutter, cost)
         if found is not None and (share := used(found)) > most:
             best, most = found, share
