@@ -113,7 +113,7 @@ def test_what_is_left_out_has_a_reason(tmp_path):
     write_object(tmp_path / "103" / "short", count=4)
     write_object(tmp_path / "7" / "missing")
     (tmp_path / "7" / "missing" / "images" / "003.jpg").unlink()
-    write_object(tmp_path / "7" / "distorted", distortion=0.02)
+    write_object(tmp_path / "7" / "distorted", distortion=-900.0)
     write_object(tmp_path / "7" / "failed")
     for path in (tmp_path / "7" / "failed" / "sparse" / "0").iterdir():
         path.unlink()
@@ -126,7 +126,7 @@ def test_what_is_left_out_has_a_reason(tmp_path):
     told = {
         "103/short": "has 4 frames, 5 are needed",
         "7/missing": "lacks 1 of 8 pictures",
-        "7/distorted": "SIMPLE_RADIAL with distortion",
+        "7/distorted": "the lens shows no whole picture",
         "7/failed": "holds no COLMAP model",
         "7/damaged": "images.bin is truncated or damaged",
     }

@@ -382,16 +382,18 @@ def turned(pose, part):
             ),
             ("mirrors", "right-handed"),
         ),
-        (lambda f: f | {"file_path": "images/9.png"}, ("names 1 of 4 pictures", "images/9.png")),
         (lambda f: f | {"w": 48}, ("its picture is 24 x 16", '"w" is 48')),
         (lambda f: f | {"h": "16"}, ("\"h\" is '16': a finite number",)),
         (lambda f: f | {"fl_x": 0.0}, ("focal length 0 0", "positive")),
         (lambda f: f | {"fl_x": np.nan}, ('"fl_x" is nan', "finite")),
         (lambda f: f | {"fl_x": None, "camera_angle_x": 4.0}, ('"camera_angle_x" is 4', "radians")),
         (lambda f: f | {"fl_x": None}, ("has no focal length", "fl_x", "camera_angle_x")),
-        (lambda f: f | {"k1": 0.01}, ("OPENCV cameras with distortion (k1 = 0.01)", "undistort")),
-        (lambda f: f | {"camera_model": "OPENCV_FISHEYE"}, ("OPENCV_FISHEYE", "undistort")),
-        (lambda f: f | {"is_fisheye": True}, ("OPENCV_FISHEYE cameras are not supported",)),
+        (lambda f: f | {"k4": 0.01}, ("k4 = 0.01 means in OPENCV cameras", "undistort")),
+        (
+            lambda f: f | {"is_fisheye": True, "p1": 0.1},
+            ("p1 = 0.1 means in OPENCV_FISHEYE cameras",),
+        ),
+        (lambda f: f | {"k1": -900.0}, ("no whole picture", "undistort")),
         (lambda f: f | {"camera_model": "EQUIRECTANGULAR"}, ("EQUIRECTANGULAR",)),
     ],
 )
@@ -400,8 +402,28 @@ def test_frames_that_cannot_be_used(folder, scene, change, parts):
     write(folder, {"fl_x": 30.0, "frames": frames})
     assert len(views.read(folder).images) == 4
     frames[2] = change(frames[2])
-    where = "names 1 of" if "9.png" in parts[-1] else f"frame {frames[2]['file_path']}"
+    where = frames[2]["file_path"]
     refused(write(folder, {"fl_x": 30.0, "frames": frames}), "transforms.json", where, *parts)
+
+
+def test_pictures_that_do_not_exist_are_left_out(folder, scene):
+    frames = posed_views.frames(scene)
+    whole = views.read(write(folder, {"fl_x": 30.0, "frames": frames}))
+    frames[2] |= {"file_path": "images/9.png"}
+    found = views.read(write(folder, {"fl_x": 30.0, "frames": frames}))
+    assert found.names == tuple(whole.names[i] for i in (0, 1, 3))
+    np.testing.assert_array_equal(found.images, whole.images[[0, 1, 3]])
+    np.testing.assert_array_equal(
+        found.cameras.world_to_camera, whole.cameras.world_to_camera[np.asarray([0, 1, 3])]
+    )
+    told = "names 1 of 4 pictures that do not exist, the first is images/9.png: they are left out"
+    assert [note for note in found.notes if told in note]
+    for frame in frames[:2]:
+        frame |= {"file_path": "images/8.png"}
+    refused(
+        write(folder, {"fl_x": 30.0, "frames": frames}),
+        "names 3 of 4 pictures that do not exist, the first is images/8.png: put them there",
+    )
 
 
 def test_rounded_rotations_are_made_exact(folder, scene):

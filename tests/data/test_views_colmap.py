@@ -8,7 +8,7 @@ from colmap_files import WRITERS, quaternion, write_binary, write_text
 from PIL import Image
 from posed_views import refused
 
-from v3d_jax.data import views
+from v3d_jax.data import colmap, distortion, views
 
 NAMES = ("b 1.png", "a.png", "sub/c.png", "d.png")  # neither sorted nor free of spaces
 SIZE = (posed_views.WIDTH, posed_views.HEIGHT)
@@ -125,17 +125,62 @@ def test_undistorted_models(folder, scene, kind, model, parameters, focal):
 @pytest.mark.parametrize(
     ("model", "parameters", "told"),
     [
-        ("SIMPLE_RADIAL", (30.0, 12.0, 8.0, 0.01), "SIMPLE_RADIAL with distortion"),
-        ("OPENCV", (30.0, 33.0, 12.0, 8.0, 0.0, 0.0, 0.0, -0.1), "OPENCV with distortion"),
-        ("OPENCV_FISHEYE", (30.0, 33.0, 12.0, 8.0, *[0.0] * 4), "OPENCV_FISHEYE"),
+        ("SIMPLE_DIVISION", (30.0, 12.0, 8.0, 0.01), "SIMPLE_DIVISION with distortion"),
+        ("DIVISION", (30.0, 33.0, 12.0, 8.0, -0.1), "DIVISION with distortion"),
         ("FOV", (30.0, 33.0, 12.0, 8.0, 0.01), "FOV"),
         ("EUCM", (30.0, 33.0, 12.0, 8.0, 0.0, 1.0), "EUCM"),
     ],
 )
-def test_distorted_models_are_named(folder, scene, kind, model, parameters, told):
+def test_lenses_that_are_not_read_are_named(folder, scene, kind, model, parameters, told):
     cameras = {1: PINHOLE, 3: (model, *SIZE, parameters)}
     WRITERS[kind](folder / "sparse/0", cameras, images_of(scene))
     refused(folder, f"cameras.{kind}: camera 3 is {told}, which", "image_undistorter")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize(
+    ("model", "parameters", "lens"),
+    [
+        ("SIMPLE_RADIAL", (30, 12, 8, -0.1), (30, 30, -0.1, 0, 0, 0, 0, 0, 0, 0)),
+        ("RADIAL", (30, 12, 8, -0.1, 0.02), (30, 30, -0.1, 0.02, 0, 0, 0, 0, 0, 0)),
+        ("OPENCV", (30, 33, 12, 8, 0.1, 0.2, 0.3, 0.4), (30, 33, 0.1, 0.2, 0, 0, 0, 0, 0.3, 0.4)),
+        (
+            "FULL_OPENCV",
+            (30, 33, 12, 8, 0.1, 0.2, 0.03, 0.04, 0.5, 0.6, 0.7, 0.8),
+            (30, 33, 0.1, 0.2, 0.5, 0.6, 0.7, 0.8, 0.03, 0.04),
+        ),
+    ],
+)
+def test_lenses_of_brown(folder, scene, kind, model, parameters, lens):
+    path = folder / "sparse/0"
+    WRITERS[kind](
+        path, {3: (model, *SIZE, tuple(map(float, parameters)))}, images_of(scene, camera=3)
+    )
+    found = colmap.read(path)[0][0]
+    assert (*found.lens.focal, *found.lens.radial, *found.lens.tangential) == lens
+    assert found.lens.centre == (12, 8)
+    assert not found.lens.fisheye
+    zoom = found.intrinsics[[0, 1], [0, 1]] / lens[:2]
+    assert zoom[0] == pytest.approx(zoom[1])
+    assert zoom[0] != pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "radial"),
+    [
+        ("SIMPLE_FISHEYE", (30, 12, 8), (0, 0, 0, 0)),
+        ("FISHEYE", (30, 30, 12, 8), (0, 0, 0, 0)),
+        ("SIMPLE_RADIAL_FISHEYE", (30, 12, 8, 0.1), (0.1, 0, 0, 0)),
+        ("RADIAL_FISHEYE", (30, 12, 8, 0.1, 0.2), (0.1, 0.2, 0, 0)),
+        ("OPENCV_FISHEYE", (30, 30, 12, 8, 0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_fisheyes(folder, scene, model, parameters, radial):
+    path = folder / "sparse/0"
+    cameras = {3: (model, *SIZE, tuple(map(float, parameters)))}
+    write_binary(path, cameras, images_of(scene, camera=3))
+    lens = colmap.read(path)[0][0].lens
+    assert lens == distortion.Lens((30, 30), (12, 8), radial, fisheye=True)
 
 
 def test_a_model_of_the_future(folder, scene):

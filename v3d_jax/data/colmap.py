@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from v3d_jax.data import poses
+from v3d_jax.data import distortion, poses
 from v3d_jax.errors import UserError
 
-# Of models that are pinhole cameras when undistorted, by id: the name, how many focal lengths, and
-# how many numbers of distortion after them and the centre.
-_PINHOLES = {
-    0: ("SIMPLE_PINHOLE", 1, 0),
-    1: ("PINHOLE", 2, 0),
-    2: ("SIMPLE_RADIAL", 1, 1),
-    3: ("RADIAL", 1, 2),
-    4: ("OPENCV", 2, 4),
-    6: ("FULL_OPENCV", 2, 8),
-    12: ("SIMPLE_DIVISION", 1, 1),
-    13: ("DIVISION", 2, 1),
+# Models that are read, by id: the name, how many focal lengths, and the numbers of distortion after
+# them and the centre. Those of division must be zero.
+_MODELS = {
+    0: ("SIMPLE_PINHOLE", 1, ()),
+    1: ("PINHOLE", 2, ()),
+    2: ("SIMPLE_RADIAL", 1, ("k1",)),
+    3: ("RADIAL", 1, ("k1", "k2")),
+    4: ("OPENCV", 2, ("k1", "k2", "p1", "p2")),
+    5: ("OPENCV_FISHEYE", 2, ("k1", "k2", "k3", "k4")),
+    6: ("FULL_OPENCV", 2, ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")),
+    8: ("SIMPLE_RADIAL_FISHEYE", 1, ("k1",)),
+    9: ("RADIAL_FISHEYE", 1, ("k1", "k2")),
+    12: ("SIMPLE_DIVISION", 1, ("division",)),
+    13: ("DIVISION", 2, ("division",)),
+    14: ("SIMPLE_FISHEYE", 1, ()),
+    15: ("FISHEYE", 2, ()),
 }
 _OTHERS = {
-    5: "OPENCV_FISHEYE",
     7: "FOV",
-    8: "SIMPLE_RADIAL_FISHEYE",
-    9: "RADIAL_FISHEYE",
     10: "THIN_PRISM_FISHEYE",
     11: "RAD_TAN_THIN_PRISM_FISHEYE",
-    14: "SIMPLE_FISHEYE",
-    15: "FISHEYE",
     16: "EUCM",
     17: "EQUIRECTANGULAR",
 }
-_BY_NAME = {name: number for number, (name, _, _) in _PINHOLES.items()}
+_BY_NAME = {name: number for number, (name, _, _) in _MODELS.items()}
 # Below the folder that is given: COLMAP's own layout, its undistorter's, nerfstudio's.
 _PLACES = (".", "sparse/0", "sparse", "0", "colmap/sparse/0")
 
@@ -54,6 +54,7 @@ class Points(NamedTuple):
 class _Lens(NamedTuple):
     intrinsics: Float[np.ndarray, "3 3"]
     size: tuple[int, int]
+    lens: distortion.Lens | None = None  # None: a pinhole camera
 
 
 class _Image(NamedTuple):
@@ -78,8 +79,8 @@ def read(model: Path, *, cloud: bool = True) -> tuple[list[poses.Posed], Points 
     Without `cloud` the points, most of a model, are left unread.
 
     Pictures are looked for in images/ of the model's folder and of the three above it, and masks
-    in masks/ beside that, as NAME.png. Raises `UserError` for what is missing, damaged or
-    distorted.
+    in masks/ beside that, as NAME.png. Raises `UserError` for what is missing or damaged, and for
+    lenses that are not read.
     """
     # As COLMAP does, .bin goes before .txt.
     suffix = ".bin" if (model / "cameras.bin").is_file() else ".txt"
@@ -101,7 +102,7 @@ def read(model: Path, *, cloud: bool = True) -> tuple[list[poses.Posed], Points 
             )
         lens = lenses[image.camera]
         pose = _pose(image, where)
-        views.append(poses.Posed(image.name, picture, mask, pose, lens.intrinsics, lens.size))
+        views.append(poses.Posed(image.name, picture, mask, pose, *lens))
     return views, points
 
 
@@ -153,10 +154,10 @@ def _cameras_bin(data: _Bytes, path: Path) -> dict[int, _Lens]:
         number, model, width, height = data.take("IiQQ")
         if model < 0:
             raise ValueError
-        if model not in _PINHOLES:
+        if model not in _MODELS:
             raise _unsupported(path, number, _OTHERS.get(model, f"model {model}"))
-        _, focals, distortion = _PINHOLES[model]
-        parameters = data.take(f"{focals + 2 + distortion}d")
+        _, focals, bent = _MODELS[model]
+        parameters = data.take(f"{focals + 2 + len(bent)}d")
         lenses[number] = _lens(path, number, model, (width, height), parameters)
     return lenses
 
@@ -175,13 +176,19 @@ def _cameras_txt(lines: list[str], path: Path) -> dict[int, _Lens]:
 def _lens(
     path: Path, number: int, model: int, size: tuple[int, int], parameters: tuple[float, ...]
 ) -> _Lens:
-    name, focals, distortion = _PINHOLES[model]
-    if len(parameters) != focals + 2 + distortion:
+    name, focals, bent = _MODELS[model]
+    if len(parameters) != focals + 2 + len(bent):
         raise ValueError
-    if any(parameters[focals + 2 :]):
+    numbers = dict(zip(bent, parameters[focals + 2 :], strict=True))
+    if numbers.pop("division", 0.0):
         raise _unsupported(path, number, f"{name} with distortion")
     focal, centre = (parameters[0], parameters[focals - 1]), parameters[focals : focals + 2]
-    return _Lens(poses.pinhole(focal, (centre[0], centre[1]), f"{path}: camera {number}"), size)
+    where, fisheye = f"{path}: camera {number}", name.endswith("FISHEYE")
+    intrinsics = poses.pinhole(focal, (centre[0], centre[1]), where)
+    lens = distortion.lens(intrinsics, numbers, fisheye=fisheye)
+    if lens.straight:
+        return _Lens(intrinsics, size)
+    return _Lens(distortion.pinhole(lens, size, where), size, lens)
 
 
 def _unsupported(path: Path, number: int, model: str) -> UserError:

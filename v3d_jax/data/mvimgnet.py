@@ -8,9 +8,9 @@ pictures of an object. Version 2.0 adds masks/ beside images/. COLMAP failed for
 sparse/ is empty, and where it made several models only the first counts. Sources: the READMEs of
 GAP-LAB-CUHK-SZ/MVImgNet and luyues/MVImgNet2.0, and the former's issues 15 and 18.
 
-The published cameras are SIMPLE_RADIAL, mostly with distortion. As everywhere in the package those
-are refused: run `colmap image_undistorter` on an object first. What that writes, images/ and
-sparse/, is read as well.
+The published cameras are SIMPLE_RADIAL, mostly with distortion: pictures are straightened as they
+are read (`data.distortion`). What `colmap image_undistorter` writes, images/ and sparse/, is read
+as well.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def objects(root: Path, config: MVImgNetConfig, skip: clips.Skip) -> list[Path]:
     """The folders below `root` that make clips, sorted; `skip` is told of every other and why.
 
     All models are read for it, no pictures. What is left out: objects without a model or with a
-    damaged or distorted one, with too few frames, or with pictures missing. Raises `UserError` if
+    damaged one, with too few frames, or with pictures missing. Raises `UserError` if
     nothing is left.
     """
     folders = sorted(path for path in root.glob("*/*") if path.is_dir())

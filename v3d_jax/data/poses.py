@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from v3d_jax.data.distortion import Lens
 from v3d_jax.errors import UserError
 
 LARGEST = 1e15  # world units; squares of what is below stay finite in float32
@@ -26,6 +27,7 @@ class Posed(NamedTuple):
     world_to_camera: Float[np.ndarray, "4 4"]
     intrinsics: Float[np.ndarray, "3 3"]  # pixels
     size: tuple[int, int]  # width and height that the intrinsics are for
+    lens: Lens | None = None  # of the picture as it is stored; None: the intrinsics are its own
 
 
 def rigid(matrix: Float[np.ndarray, "4 4"], name: str) -> Float[np.ndarray, "4 4"]:

@@ -15,14 +15,19 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from v3d_jax.data import poses
+from v3d_jax.data import distortion, poses
 from v3d_jax.errors import UserError
 
 FILES = ("transforms.json", "transforms_train.json")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG", ".JPEG")
-_DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
-# Pinhole cameras once their distortion is zero.
-_PINHOLES = ("OPENCV", "FULL_OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
+_BROWN = ("k1", "k2", "k3", "p1", "p2")
+# The numbers of distortion that a model has; of the others nothing is known.
+_MODELS = {
+    **dict.fromkeys(("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"), _BROWN),
+    "FULL_OPENCV": (*_BROWN, "k4", "k5", "k6"),
+    "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4"),
+}
+_NUMBERS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
@@ -31,11 +36,12 @@ def find(folder: Path) -> Path | None:
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
-def read(path: Path) -> list[poses.Posed]:
-    """The views of a file in its order.
+def read(path: Path) -> tuple[list[poses.Posed], tuple[str, ...]]:
+    """The views of a file in its order, and a remark if pictures do not exist: these are left out.
 
-    Raises `UserError` for what is not JSON, lacks entries, names pictures that do not exist or
-    have another size, and for cameras that are distorted or no rigid motion.
+    Raises `UserError` for what is not JSON, lacks entries, or names pictures of which most do not
+    exist or one has another size, for lenses that are not read, and for cameras that are no rigid
+    motion.
     """
     content = _load(path)
     frames = content.get("frames")
@@ -47,28 +53,27 @@ def read(path: Path) -> list[poses.Posed]:
     if not frames:
         raise UserError(f"{path} holds no frames: at least two views are needed")
     images = [_image(path, index, frame) for index, frame in enumerate(frames)]
-    missing = [name for name, image in images if image is None]
+    missing, notes = [name for name, image in images if image is None], ()
     if missing:
-        raise UserError(
-            f"{path} names {len(missing)} of {len(frames)} pictures that do not exist, the first "
-            f"is {missing[0]}: put them there or take them out of the file"
-        )
+        told = f"{path} names {len(missing)} of {len(frames)} pictures that do not exist"
+        if 2 * len(missing) > len(frames):
+            raise UserError(
+                f"{told}, the first is {missing[0]}: put them there or take them out of the file"
+            )
+        notes = (f"{told}, the first is {missing[0]}: they are left out",)
     views = []
     for frame, (name, image) in zip(frames, images, strict=True):
-        assert image is not None
+        if image is None:
+            continue
         where = f"{path}: frame {name}"
-        size = _size(image)
-        views.append(
-            poses.Posed(
-                name,
-                image,
-                _mask(path, where, frame),
-                _pose(frame, where),
-                _intrinsics({**content, **frame}, size, where),
-                size,
-            )
-        )
-    return views
+        size, entries = _size(image), {**content, **frame}
+        intrinsics = _intrinsics(entries, size, where)
+        lens = _lens(entries, intrinsics, where)
+        if lens is not None:
+            intrinsics = distortion.pinhole(lens, size, f"{path}: camera of {name}")
+        mask, pose = _mask(path, where, frame), _pose(frame, where)
+        views.append(poses.Posed(name, image, mask, pose, intrinsics, size, lens))
+    return views, notes
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -135,7 +140,6 @@ def _pose(frame: dict[str, Any], where: str) -> Float[np.ndarray, "4 4"]:
 def _intrinsics(
     entries: dict[str, Any], size: tuple[int, int], where: str
 ) -> Float[np.ndarray, "3 3"]:
-    _refuse_distortion(entries, where)
     for key, told, real in zip("wh", (_number(entries, k, where) for k in "wh"), size, strict=True):
         if told is not None and round(told) != real:
             raise UserError(
@@ -172,19 +176,24 @@ def _focal(entries: dict[str, Any], key: str, length: int, where: str) -> float 
     return 0.5 * length / math.tan(0.5 * angle)
 
 
-def _refuse_distortion(entries: dict[str, Any], where: str) -> None:
+def _lens(
+    entries: dict[str, Any], intrinsics: Float[np.ndarray, "3 3"], where: str
+) -> distortion.Lens | None:
+    """What the picture was taken through; None for a pinhole camera."""
     model = entries.get("camera_model", "OPENCV")
     if entries.get("is_fisheye"):
         model = "OPENCV_FISHEYE"
-    if model not in _PINHOLES:
+    if model not in _MODELS:
         raise UserError(f"{where}: {model} cameras are not supported: undistort to PINHOLE first")
-    for key in _DISTORTION:
-        value = _number(entries, key, where)
-        if value:
+    numbers = {key: _number(entries, key, where) or 0.0 for key in _NUMBERS}
+    for key, value in numbers.items():
+        if value and key not in _MODELS[model]:
             raise UserError(
-                f"{where}: {model} cameras with distortion ({key} = {value:g}) are not supported: "
-                "undistort to PINHOLE first"
+                f"{where}: what {key} = {value:g} means in {model} cameras is not known: undistort "
+                "to PINHOLE first"
             )
+    lens = distortion.lens(intrinsics, numbers, fisheye=model == "OPENCV_FISHEYE")
+    return None if lens.straight else lens
 
 
 def _number(entries: dict[str, Any], key: str, where: str) -> float | None:

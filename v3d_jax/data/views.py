@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from v3d_jax.data import colmap, picture, poses, transforms, video
+from v3d_jax.data import colmap, distortion, picture, poses, transforms, video
 from v3d_jax.errors import UserError
 from v3d_jax.ops import camera
 
@@ -44,23 +44,24 @@ class Views(NamedTuple):
 def read(source: str | os.PathLike, *, max_side: int = MAX_SIDE) -> Views:
     """The views in `source`; pictures longer than `max_side` are shrunk, intrinsics with them.
 
-    Masks named by the source count as alpha. Raises `UserError` for a source that is missing,
-    unknown, incomplete or damaged, for distorted cameras, for pictures of different sizes, and
-    for views that hold no parallax: a single one, or all alike.
+    Masks named by the source count as alpha, and pictures are as pinhole cameras see them: those
+    of a lens with distortion are straightened. Raises `UserError` for a source that is missing,
+    unknown or damaged, for lenses that are not read, for pictures of different sizes, and for
+    views that hold no parallax: a single one, or all alike.
     """
     path = Path(source)
     if path.is_dir():
         if (file := transforms.find(path)) is not None:
-            return _from_files(transforms.read(file), file, None, max_side)
+            return _from_files(*transforms.read(file), file, None, max_side)
         if (model := colmap.find(path)) is not None:
             views, points = colmap.read(model)
-            return _from_files(views, model, points, max_side)
+            return _from_files(views, (), model, points, max_side)
         hint = "".join(f" (or {clip}?)" for clip in sorted(path.glob("*.mp4"))[:1])
         raise UserError(f"{path} holds no posed views: give {_KINDS}{hint}")
     if not path.exists():
         raise UserError(f"{path} does not exist: give {_KINDS}")
     if path.suffix.lower() == ".json":
-        return _from_files(transforms.read(path), path, None, max_side)
+        return _from_files(*transforms.read(path), path, None, max_side)
     if path.suffix.lower() in video.SUFFIXES:
         return _from_video(path, max_side)
     raise UserError(f"{path} is not one of the kinds that are read: give {_KINDS}")
@@ -78,7 +79,7 @@ def on_white(
 
 
 def pixels(view: poses.Posed, told: str = "its camera is for") -> picture.Picture:
-    """The picture of a view at its stored size, its mask put into alpha.
+    """The picture of a view at its stored size, straightened, its mask put into alpha.
 
     `told` says in messages where the view's size is from. Raises `UserError` for a picture or
     mask that cannot be read or is of another size.
@@ -98,11 +99,19 @@ def pixels(view: poses.Posed, told: str = "its camera is for") -> picture.Pictur
                 f"{height}: give masks of the pictures' size"
             )
         alpha = mask if alpha is None else np.minimum(alpha, mask)
+    if view.lens is not None:
+        layers = rgb if alpha is None else np.concatenate([rgb, alpha[..., None]], axis=-1)
+        layers = distortion.straightened(view.lens, layers)
+        rgb, alpha = layers[..., :3], None if alpha is None else layers[..., 3]
     return picture.Picture(rgb, alpha, notes)
 
 
 def _from_files(
-    posed: list[poses.Posed], origin: Path, points: colmap.Points | None, max_side: int
+    posed: list[poses.Posed],
+    remarks: tuple[str, ...],
+    origin: Path,
+    points: colmap.Points | None,
+    max_side: int,
 ) -> Views:
     """Views whose pictures are files of their own; `origin` is the source in messages."""
     _check_poses(posed, origin)
@@ -113,7 +122,9 @@ def _from_files(
                 f"{origin}: {view.name} is {view.size[0]} x {view.size[1]} and {posed[0].name} "
                 f"{width} x {height}: give pictures of one size"
             )
-    notes: list[str] = []
+    notes = list(remarks)
+    if any(view.lens is not None for view in posed):
+        notes.append("pictures are straightened by what the file says of their lens")
     images, alpha = _stack((_read_files(view, notes) for view in posed), len(posed), max_side)
     _check_images(images, alpha, origin)
     scale = np.asarray([[images.shape[2] / width], [images.shape[1] / height], [1.0]])
