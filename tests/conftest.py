@@ -18,6 +18,12 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process a core for the usual tests; the slow ones and those of accelerators run in one."""
+    usual = "not slow" in (config.option.markexpr or "")
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) * usual
+
+
 # Linux allows a process 65,530 memory maps. Compiled programs take some each, and XLA crashes when
 # there are no more.
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 30_000
