@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "v3d_jax/__init__.py").read_text())[1]
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.19", "plyfile>=1.0", "xatlas>=0.0.11"]
+TEST = ["pytest>=8", "beartype>=0.19", "plyfile>=1.0", "xatlas>=0.0.11"]
 PARITY = [
     "torch>=2.4",
     "diffusers>=0.32",

@@ -11,17 +11,11 @@ import pytest
 jax.config.update("jax_platforms", os.environ.get("V3D_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", tempfile.gettempdir())) / "v3d_jax_test"
-# A folder a process: entries are not written in one go, and another one might read a half.
-CACHE = CACHE / os.environ.get("PYTEST_XDIST_WORKER", "alone")
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "v3d_jax_test")),
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A process a core for the usual tests; the slow ones and those of accelerators run in one."""
-    usual = "not slow" in (config.option.markexpr or "")
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) * usual
 
 
 # Linux allows a process 65,530 memory maps. Compiled programs take some each, and XLA crashes when

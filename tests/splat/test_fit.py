@@ -8,7 +8,7 @@ import pytest
 
 from v3d_jax import errors
 from v3d_jax.ops import camera, metrics
-from v3d_jax.splat import fit
+from v3d_jax.splat import fit, objective
 
 WHITE = jnp.ones(3)
 
@@ -64,10 +64,17 @@ def test_views_between_those_it_saw(fitted):
 
 
 def test_same_seed_same_bits_and_another_seed_others(targets, fitted):
-    again, _ = fit_scene.run(targets=targets)
-    equal(again, fitted[0])
-    other, _ = fit_scene.run(targets=targets, seed=1)
-    difference = other.parameters.gaussians.means - fitted[0].parameters.gaussians.means
+    """Of a chunk as `fitted` had it, so that nothing is compiled for it."""
+
+    def run(seed):
+        begun = fit.begin(fit_scene.cloud(1, color=0.5), fit_scene.VIEWS)
+        given = (None, None, targets, begun, jax.random.key(seed), fit_scene.CHUNK)
+        return fit.advance_jit(fit_scene.CONFIG, fit_scene.RASTER, *given)
+
+    (one, losses), (again, same), (other, _) = run(0), run(0), run(1)
+    equal((again, same), (one, losses))
+    assert float(losses[-1]) == fitted[2][0][1]
+    difference = other.parameters.gaussians.means - one.parameters.gaussians.means
     assert float(jnp.abs(difference).max()) > 1e-3
 
 
@@ -98,12 +105,13 @@ def test_nan_frames_stop_the_fit(targets):
 
 
 def test_views_come_equally_often(key):
+    draw = jax.jit(fit.draw_views, static_argnums=(2, 3))
     for total, count in ((6, 2), (7, 3), (3, 5)):
-        drawn = [fit.draw_views(key, jnp.asarray(step), total, count) for step in range(2 * total)]
+        drawn = [draw(key, jnp.asarray(step), total, count) for step in range(2 * total)]
         assert (np.bincount(np.concatenate(drawn), minlength=total) == 2 * count).all()
         deck = np.concatenate(drawn)[:total]
         assert sorted(deck) == list(range(total))
-    decks = [tuple(np.asarray(fit.draw_views(key, jnp.asarray(i), 6, 6))) for i in range(4)]
+    decks = [tuple(np.asarray(draw(key, jnp.asarray(i), 6, 6))) for i in range(4)]
     assert len(set(decks)) > 1
 
 
@@ -145,26 +153,28 @@ def test_means_slow_down_and_rates_follow_the_batch():
     assert rate(100, 4) == pytest.approx((4e-5, 2e-3), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_regularisers_end_with_the_moves_that_they_serve(targets, key):
     """From step 100 on nothing is moved; the release has its own throughout."""
-
-    def losses(settled):
-        weights = replace(fit_scene.CONFIG.loss, opacity=0.25, settled=settled)
-        config = replace(fit_scene.CONFIG, loss=weights)
-        begun = fit.begin(fit_scene.cloud(0), fit_scene.VIEWS)
-        states = [begun._replace(step=jnp.asarray(step)) for step in (99, 100)]
-        return [
-            float(
-                fit.advance_jit(config, fit_scene.RASTER, None, None, targets, state, key, 1)[1][0]
-            )
-            for state in states
-        ]
-
-    ended, kept = losses(0.0), losses(1.0)
-    assert ended[0] == kept[0]
-    share = 0.25 * float(fit_scene.cloud(0).opacities.mean())
-    assert kept[1] - ended[1] == pytest.approx(share, rel=1e-5)
-    assert fit.FAITHFUL.loss.settled == 1.0
+    weights = replace(fit_scene.CONFIG.loss, opacity=0.25)
+    config = replace(fit_scene.CONFIG, loss=weights)
+    begun = fit.begin(fit_scene.cloud(0, color=0.5), fit_scene.VIEWS)
+    renders = fit_scene.render(begun.parameters.gaussians, WHITE).color
+    more = []
+    for step in (99, 100):
+        state = begun._replace(step=jnp.asarray(step))
+        given = (None, None, targets, state, key, 1)
+        loss = float(fit.advance_jit(config, fit_scene.RASTER, *given)[1][0])
+        views = fit.draw_views(jax.random.split(key)[0], state.step, fit_scene.VIEWS, 2)
+        more.append(loss - objective.image_loss(weights, renders[views], targets.images[views]))
+    share = 0.25 * float(begun.parameters.gaussians.opacities.mean())
+    assert share > 0.05
+    np.testing.assert_allclose(more, [share, 0.0], atol=1e-5)
+    moving = jnp.asarray(False)
+    released = objective.regularization(
+        fit.FAITHFUL.loss, begun.parameters.gaussians, jnp.asarray(1.0), moving
+    )
+    assert float(released) == pytest.approx(0.1 / 0.25 * share)
 
 
 def test_faithful_preset_has_the_weights_of_the_release():
