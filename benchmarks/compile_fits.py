@@ -5,11 +5,12 @@
 Random pictures of the sizes of a fit: the gradient of SSIM alone, the step of a fit to lego at
 800 x 800 without LPIPS, and the step of V3D's recipe on an orbit at 512 x 512 with it (random
 weights: no time depends on them). Prints one table row a program and way: seconds of compilation,
-in a process of its own because results of autotuning stay in one, and steps a second. On one H200,
-three processes at a time: SSIM 12.9 s by default and 1.1 s as we ask; lego's step 40.5 (SSIM and
-rest) and 31.6 s, of which XLA's search for fusions takes 18, and 242 steps a second both ways; the
-orbit's step had no program after 150 s by default and has one after 35. `--size 64 --gaussians 500
---steps 2` shows on a CPU that the benchmark runs.
+in a process of its own because results of autotuning stay in one, and steps a second.
+
+On one H200, the three after each other in one process a way and three such processes at a time:
+SSIM 12.9 s by default and 1.1 s as we ask; lego's step then 27.6 and 30.5 s, most of it for finding
+fusions, and 242 steps a second both ways; the orbit's step had no program after 150 s by default
+and had one after 35. `--size 64 --gaussians 500 --steps 2` shows on a CPU that the benchmark runs.
 """
 
 import itertools
@@ -17,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -52,7 +52,7 @@ class Args:
     steps: int = 100
     """Of a call."""
     alone: bool = False
-    """Do the work in this process: what the processes are told that it is given to."""
+    """Measure the first program in the first way in this process, instead of starting others."""
 
 
 class Lowered(NamedTuple):
@@ -93,12 +93,13 @@ def vgg() -> lpips.LPIPSParams:
     return lpips.LPIPSParams(convs, tuple(jnp.ones(c) for c in (64, 128, 256, 512, 512)))
 
 
-def lower(program: Program, args: Args) -> Callable[[dict[str, Any]], Lowered]:
-    """A function of jit's options that gives the program, before compilation."""
+def lower(program: Program, way: Way, args: Args) -> Lowered:
+    """A program with the compiler's options of a way, before compilation."""
+    options = compiling.FIT_OPTIONS if way == "ours" else None
     if program == "ssim":
         image = jnp.zeros((1, *2 * [args.size or 800], 3))
         slope = jax.grad(lambda a, b: metrics.ssim(a, b).sum())
-        return lambda options: Lowered(jax.jit(slope, **options).lower(image, image), None)
+        return Lowered(jax.jit(slope, compiler_options=options).lower(image, image), None)
     network, params, config, own, views = None, None, LEGO, 800, 87
     if program == "orbit":
         network, params = pipeline.perceptual(jnp.dtype(jnp.bfloat16)), vgg()
@@ -112,18 +113,13 @@ def lower(program: Program, args: Args) -> Callable[[dict[str, Any]], Lowered]:
         targets = fit.features_jit(config, targets, network, params)
     state, key = fit.begin(gaussians, views), jax.random.key(0)
     given = (params, targets, state, key)
-
-    def of(options: dict[str, Any]) -> Lowered:
-        step = jax.jit(fit.advance, static_argnums=(0, 1, 2, 7), **options)
-        return Lowered(step.lower(config, raster, network, *given, args.steps), given)
-
-    return of
+    step = jax.jit(fit.advance, static_argnums=(0, 1, 2, 7), compiler_options=options)
+    return Lowered(step.lower(config, raster, network, *given, args.steps), given)
 
 
 def measure(program: Program, way: Way, args: Args) -> str:
     """A row of the table."""
-    options = {"compiler_options": compiling.FIT_OPTIONS} if way == "ours" else {}
-    lowered = lower(program, args)(options)
+    lowered = lower(program, way, args)
     start = time.perf_counter()
     compiled = lowered.program.compile()
     seconds, rate = time.perf_counter() - start, "-"
@@ -146,8 +142,10 @@ def main(args: Args) -> None:
         "| program | options | device | compilation | steps/s |\n|---|---|---|---|---|", flush=True
     )
     for program, way in itertools.product(args.programs, args.ways):
-        more = ["--alone", "--programs", program, "--ways", way]
-        subprocess.run([sys.executable, *sys.argv, *more], check=True)
+        told = ["--alone", "--programs", program, "--ways", way]
+        told += ["--gaussians", str(args.gaussians), "--steps", str(args.steps)]
+        told += [] if args.size is None else ["--size", str(args.size)]
+        subprocess.run([sys.executable, __file__, *told], check=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
 
 The pack is a collection that `v3d_jax.data.pack` wrote. Of every object 18 views at elevation 0
 with alpha are made into a mesh by `meshing.reconstruct`, from three fields: ours (the signed
-distance field), the hull of the masks, and the fused depth of fitted splats. All else is the same
-but that the latter two are coloured by vertex: they are rough, and to unwrap one takes minutes.
+distance field), the hull of the masks, and the fused depth of fitted splats; all else is the same.
 Prints one table row an object and field, then the means.
 
 - Chamfer: L1, the mean of both directions' mean distances to the nearest point, not squared.
@@ -35,7 +34,7 @@ says that the benchmark runs, nothing about quality.
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -213,8 +212,7 @@ def reconstructed(
     """The scores of one field's mesh, and the mesh from eight sides."""
     begun, spent = time.perf_counter(), {}
     fit = fit_field(name, effort, args.seed)
-    told = effort.mesh if name == "ours" else replace(effort.mesh, colours="vertices")
-    result = meshing.reconstruct(told, truth.frames, fit, args.seed, spent)
+    result = meshing.reconstruct(effort.mesh, truth.frames, fit, args.seed, spent)
     seconds = time.perf_counter() - begun
     painted = result.painted
     depths, renders = drawn(painted, effort.directions, args.size)

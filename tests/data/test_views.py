@@ -395,6 +395,7 @@ def turned(pose, part):
         ),
         (lambda f: f | {"k1": -900.0}, ("no whole picture", "undistort")),
         (lambda f: f | {"camera_model": "EQUIRECTANGULAR"}, ("EQUIRECTANGULAR",)),
+        (lambda f: f | {"camera_model": ["OPENCV"]}, ("cameras are not supported",)),
     ],
 )
 def test_frames_that_cannot_be_used(folder, scene, change, parts):

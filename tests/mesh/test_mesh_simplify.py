@@ -7,7 +7,8 @@ import trimesh
 from scipy import ndimage
 from skimage import measure
 
-from v3d_jax.mesh import extract, simplify, topology
+from v3d_jax.errors import UserError
+from v3d_jax.mesh import extract, simplify, topology, unwrap
 from v3d_jax.mesh.topology import Triangles
 
 
@@ -144,8 +145,8 @@ def test_a_broken_result_is_not_used(monkeypatch):
     assert simplify.simplify(ball, 3_000) is ball
 
 
-def test_a_surface_as_rough_as_its_samples_keeps_to_the_number_of_faces():
-    """No setting keeps all of its handles: all faces would come back, for minutes of unwrapping."""
+def test_a_surface_as_rough_as_its_samples_is_made_small_and_cut_into_large_charts(monkeypatch):
+    """No setting keeps all of its handles, and small charts of it take xatlas minutes."""
     steps = np.linspace(-1.0, 1.0, 80)
     radius = np.sqrt(sum(axis**2 for axis in np.meshgrid(steps, steps, steps, indexing="ij")))
     noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=radius.shape), 1.5)
@@ -156,3 +157,9 @@ def test_a_surface_as_rough_as_its_samples_keeps_to_the_number_of_faces():
     found = simplify.simplify(rough, 8_000)
     assert 7_200 < len(found.faces) <= 16_000
     assert topology.is_watertight(found)
+    tried = []
+    monkeypatch.setattr(unwrap, "_packed", lambda *given: tried.append(given[-1]))
+    for surface in (found, solid(trimesh.creation.icosphere(4))):
+        with pytest.raises(UserError, match="do not fit on one texture"):
+            unwrap.unwrap(surface, 256)
+    assert tried == [2.0, 4.0, 0.5, 1.0, 2.0]

@@ -54,7 +54,7 @@ class Points(NamedTuple):
 class _Lens(NamedTuple):
     intrinsics: Float[np.ndarray, "3 3"]
     size: tuple[int, int]
-    lens: distortion.Lens | None = None  # None: a pinhole camera
+    lens: distortion.Lens | None  # None: a pinhole camera
 
 
 class _Image(NamedTuple):
@@ -185,10 +185,10 @@ def _lens(
     focal, centre = (parameters[0], parameters[focals - 1]), parameters[focals : focals + 2]
     where, fisheye = f"{path}: camera {number}", name.endswith("FISHEYE")
     intrinsics = poses.pinhole(focal, (centre[0], centre[1]), where)
-    lens = distortion.lens(intrinsics, numbers, fisheye=fisheye)
-    if lens.straight:
-        return _Lens(intrinsics, size)
-    return _Lens(distortion.pinhole(lens, size, where), size, lens)
+    intrinsics, lens = distortion.pinhole_and_lens(
+        intrinsics, numbers, size, where, fisheye=fisheye
+    )
+    return _Lens(intrinsics, size, lens)
 
 
 def _unsupported(path: Path, number: int, model: str) -> UserError:

@@ -33,20 +33,27 @@ class Lens(NamedTuple):
     tangential: tuple[float, float] = (0.0, 0.0)  # p1, p2
     fisheye: bool = False
 
-    @property
-    def straight(self) -> bool:
-        """Whether it is a pinhole camera."""
-        return not (self.fisheye or any(self.radial) or any(self.tangential))
 
+def pinhole_and_lens(
+    intrinsics: Float[np.ndarray, "3 3"],
+    numbers: Mapping[str, float],
+    size: tuple[int, int],
+    name: str,
+    *,
+    fisheye: bool = False,
+) -> tuple[Float[np.ndarray, "3 3"], Lens | None]:
+    """Intrinsics after straightening, and the lens to straighten; None: it is a pinhole camera.
 
-def lens(
-    intrinsics: Float[np.ndarray, "3 3"], numbers: Mapping[str, float], *, fisheye: bool = False
-) -> Lens:
-    """The lens of a camera file: `numbers` are k1, k2 ..., p1 and p2, those missing are 0."""
+    What camera files say: `numbers` are k1, k2 ..., p1 and p2, those missing are 0; `size` is width
+    and height. Raises `UserError` as `pinhole` does.
+    """
+    if not fisheye and not any(numbers.values()):
+        return intrinsics, None
     (fx, _, cx), (_, fy, cy), _ = intrinsics.tolist()
     radial = tuple(numbers.get(f"k{i}", 0.0) for i in range(1, 5 if fisheye else 7))
     tangential = numbers.get("p1", 0.0), numbers.get("p2", 0.0)
-    return Lens((fx, fy), (cx, cy), radial, tangential, fisheye)
+    lens = Lens((fx, fy), (cx, cy), radial, tangential, fisheye)
+    return pinhole(lens, size, name), lens
 
 
 def distort(

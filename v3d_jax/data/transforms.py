@@ -67,10 +67,13 @@ def read(path: Path) -> tuple[list[poses.Posed], tuple[str, ...]]:
             continue
         where = f"{path}: frame {name}"
         size, entries = _size(image), {**content, **frame}
-        intrinsics = _intrinsics(entries, size, where)
-        lens = _lens(entries, intrinsics, where)
-        if lens is not None:
-            intrinsics = distortion.pinhole(lens, size, f"{path}: camera of {name}")
+        intrinsics, lens = distortion.pinhole_and_lens(
+            _intrinsics(entries, size, where),
+            _distortion(entries, where),
+            size,
+            where,
+            fisheye=_model(entries) == "OPENCV_FISHEYE",
+        )
         mask, pose = _mask(path, where, frame), _pose(frame, where)
         views.append(poses.Posed(name, image, mask, pose, intrinsics, size, lens))
     return views, notes
@@ -176,13 +179,15 @@ def _focal(entries: dict[str, Any], key: str, length: int, where: str) -> float 
     return 0.5 * length / math.tan(0.5 * angle)
 
 
-def _lens(
-    entries: dict[str, Any], intrinsics: Float[np.ndarray, "3 3"], where: str
-) -> distortion.Lens | None:
-    """What the picture was taken through; None for a pinhole camera."""
-    model = entries.get("camera_model", "OPENCV")
+def _model(entries: dict[str, Any]) -> str:
     if entries.get("is_fisheye"):
-        model = "OPENCV_FISHEYE"
+        return "OPENCV_FISHEYE"
+    return str(entries.get("camera_model", "OPENCV"))
+
+
+def _distortion(entries: dict[str, Any], where: str) -> dict[str, float]:
+    """The lens's numbers, of a model that has them."""
+    model = _model(entries)
     if model not in _MODELS:
         raise UserError(f"{where}: {model} cameras are not supported: undistort to PINHOLE first")
     numbers = {key: _number(entries, key, where) or 0.0 for key in _NUMBERS}
@@ -192,8 +197,7 @@ def _lens(
                 f"{where}: what {key} = {value:g} means in {model} cameras is not known: undistort "
                 "to PINHOLE first"
             )
-    lens = distortion.lens(intrinsics, numbers, fisheye=model == "OPENCV_FISHEYE")
-    return None if lens.straight else lens
+    return numbers
 
 
 def _number(entries: dict[str, Any], key: str, where: str) -> float | None:

@@ -175,9 +175,8 @@ def by_depth(
 ) -> tuple[Int32[Array, "n"], Float[Array, "n"]]:
     """Every (view, Gaussian), nearest first, and the `reach` of each, -1 where none is visible.
 
-    All of one part of the views comes before the next.
-
-    The reach is in the order of the projection; what is not visible comes last.
+    All of one part of the views comes before the next; what is not visible comes last. The reach is
+    in the order of the projection.
     """
     distance = jnp.tile(reach(log_opacity), projection.depth.shape[0])
     visible = projection.visible.reshape(-1) & (distance > 0.0)
