@@ -95,7 +95,7 @@ def vgg() -> lpips.LPIPSParams:
 
 def lower(program: Program, way: Way, args: Args) -> Lowered:
     """A program with the compiler's options of a way, before compilation."""
-    options = compiling.FIT_OPTIONS if way == "ours" else None
+    options = compiling.OPTIONS if way == "ours" else None
     if program == "ssim":
         image = jnp.zeros((1, *2 * [args.size or 800], 3))
         slope = jax.grad(lambda a, b: metrics.ssim(a, b).sum())

@@ -158,8 +158,11 @@ def predict(
     """Predicts and scores the objects in their order, `batch` of them on the device together."""
     size, count = config.generator.frame_size[0], config.generator.num_frames
     nearest = heldout.neighbours(objects, known, size)
-    sample, rebuild = (jax.jit(stage, static_argnums=0) for stage in (generate, reconstruct))
-    compare = jax.jit(score, compiler_options=compiling.FIT_OPTIONS)
+    told = {"compiler_options": compiling.OPTIONS}
+    sample, rebuild = (
+        jax.jit(stage, static_argnums=0, **told) for stage in (generate, reconstruct)
+    )
+    compare = jax.jit(score, **told)
     total = len(objects.places)
     for first in range(0, total, batch):
         # The last batch repeats its last object, so that every batch has the compiled shape.

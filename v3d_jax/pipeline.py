@@ -32,7 +32,7 @@ from v3d_jax.data import preprocess
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion.guidance import Condition
 from v3d_jax.nn import chunked_decoder, conditioner, generator, lpips
-from v3d_jax.ops import camera
+from v3d_jax.ops import camera, compiling
 from v3d_jax.ops import image as images
 from v3d_jax.parallel import sampling as parallel
 from v3d_jax.splat import objective, recipe
@@ -332,7 +332,7 @@ def networks(settings: Settings, params: Any) -> generator.Generator:
     return nnx.merge(_graphdef(settings.generator, settings.dtype), params)
 
 
-_image_to_orbit = jax.jit(image_to_orbit, static_argnums=0)
+_image_to_orbit = jax.jit(image_to_orbit, static_argnums=0, compiler_options=compiling.OPTIONS)
 
 
 @functools.cache

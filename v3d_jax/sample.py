@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from v3d_jax import console, errors, meshing, pipeline, splatting, surfacing
 from v3d_jax.data import output, preprocess
 from v3d_jax.diffusion import sampler
-from v3d_jax.ops import camera
+from v3d_jax.ops import camera, compiling
 from v3d_jax.weights import folder, packaged
 
 STAGES = ("video", "splats", "mesh")
@@ -201,14 +201,14 @@ def generate(
     return (frames * 255.0 + 0.5).astype(np.uint8)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiling.OPTIONS)
 def _encode(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
     condition = pipeline.encode_condition(settings, params, *given)
     return pipeline.branch(settings, params, condition)
 
 
-_advance = jax.jit(pipeline.advance, static_argnums=0)
-_decode = jax.jit(pipeline.decode, static_argnums=0)
+_advance = jax.jit(pipeline.advance, static_argnums=0, compiler_options=compiling.OPTIONS)
+_decode = jax.jit(pipeline.decode, static_argnums=0, compiler_options=compiling.OPTIONS)
 
 
 def describe(

@@ -267,7 +267,7 @@ def score(
     return [value[0] for value in values]
 
 
-score_jit = jax.jit(score, compiler_options=compiling.FIT_OPTIONS)
+score_jit = jax.jit(score, compiler_options=compiling.OPTIONS)
 
 
 def load_lpips(net: Literal["vgg", "alex"], otherwise: str) -> lpips.LPIPSParams | None:

@@ -129,7 +129,7 @@ def _colored(prior: Color, points: Float[np.ndarray, "s 3"]) -> Float[np.ndarray
     return np.asarray(_evaluate(field, jnp.asarray(np.pad(points, more))))[:count]
 
 
-@partial(jax.jit, compiler_options=compiling.FIT_OPTIONS)
+@partial(jax.jit, compiler_options=compiling.OPTIONS)
 def _evaluate(field: Color, points: Float[Array, "s 3"]) -> Float[Array, "s 3"]:
     return field(points)
 

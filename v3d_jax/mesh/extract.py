@@ -123,7 +123,7 @@ def _fill(
         blocks[x, :, y, :, z, :] = np.where(small, np.where(values < 0, -least, least), values)
 
 
-@partial(jax.jit, compiler_options=compiling.FIT_OPTIONS)
+@partial(jax.jit, compiler_options=compiling.OPTIONS)
 def _evaluate(
     field: Sdf, blocks: Int[Array, "k 3"], corner: Float[Array, "3"], cell: Float[Array, ""]
 ) -> Float[Array, "k 8 8 8"]:

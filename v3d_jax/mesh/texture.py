@@ -104,7 +104,7 @@ def advance(
     return lax.scan(one, state, None, length=steps)
 
 
-advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 9), compiler_options=compiling.FIT_OPTIONS)
+advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 9), compiler_options=compiling.OPTIONS)
 
 
 def draw_view(key: Key[Array, ""], step: Int32[Array, ""], total: int) -> Int32[Array, ""]:
@@ -113,7 +113,7 @@ def draw_view(key: Key[Array, ""], step: Int32[Array, ""], total: int) -> Int32[
     return deck[step % total]
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=compiling.FIT_OPTIONS)
+@partial(jax.jit, static_argnums=0, compiler_options=compiling.OPTIONS)
 def target_features(perceptual: Perceptual, params: Any, images: Array) -> Features:
     """Features of all frames, which stay the same; one view at a time."""
 

@@ -136,8 +136,8 @@ def advance(
     return lax.scan(one, state, None, length=steps)
 
 
-begin_jit = jax.jit(begin, static_argnums=0, compiler_options=compiling.FIT_OPTIONS)
-advance_jit = jax.jit(advance, static_argnums=(0, 1, 6), compiler_options=compiling.FIT_OPTIONS)
+begin_jit = jax.jit(begin, static_argnums=0, compiler_options=compiling.OPTIONS)
+advance_jit = jax.jit(advance, static_argnums=(0, 1, 6), compiler_options=compiling.OPTIONS)
 
 
 def run(

@@ -180,8 +180,8 @@ def advance(
     return lax.scan(one, state, None, length=steps)
 
 
-features_jit = jax.jit(with_features, static_argnums=(0, 2), compiler_options=compiling.FIT_OPTIONS)
-advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 7), compiler_options=compiling.FIT_OPTIONS)
+features_jit = jax.jit(with_features, static_argnums=(0, 2), compiler_options=compiling.OPTIONS)
+advance_jit = jax.jit(advance, static_argnums=(0, 1, 2, 7), compiler_options=compiling.OPTIONS)
 
 
 def run(
