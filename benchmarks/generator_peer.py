@@ -67,7 +67,8 @@ def networks(config: GeneratorConfig) -> tuple[Any, Any, Any]:
             ),
             transformers.CLIPVisionModelWithProjection(tower),
         )
-    return tuple(model.eval().requires_grad_(False) for model in made)
+    # Some parameters of diffusers' are made from tensors that ignore the device above.
+    return tuple(model.to(device()).eval().requires_grad_(False) for model in made)
 
 
 class Peer:
