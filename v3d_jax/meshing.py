@@ -107,6 +107,9 @@ def reconstruct(
     Raises `UserError` where the frames show nothing or the field has no surface.
     """
     splatting.check_frames(frames)
+    if frames.alpha is not None:
+        images, alpha = views.opaque(frames.images, frames.alpha)
+        frames = frames._replace(images=images, alpha=alpha)
     field_key, color_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
     with console.timed(seconds, "field"):
         field = fit_field(frames, field_key, seconds)

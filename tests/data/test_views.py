@@ -465,3 +465,26 @@ def test_the_cli_shows_one_line(tmp_path, capsys):
         errors.run(lambda: views.read(tmp_path / "nowhere"))
     assert caught.value.code == errors.USER_ERROR_STATUS
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_translucent_regions_become_solid_in_their_colour_on_white_and_outlines_stay():
+    alpha = np.zeros((1, 12, 12), np.uint8)
+    alpha[0, 2:10, 2:10] = 128
+    alpha[0, 2:10, 7:10] = 255
+    alpha[0, 2:10, 10] = 64  # an outline: part of a pixel
+    images = np.full((1, 12, 12, 3), 100, np.uint8)
+    shown, solid = views.opaque(images, alpha)
+    inner = np.zeros_like(alpha, bool)
+    inner[0, 3:9, 3:6] = True  # those beside something else are outlines
+    np.testing.assert_array_equal(solid[inner], 255)
+    np.testing.assert_array_equal(solid[~inner], alpha[~inner])
+    before, after = views.on_white(images, alpha), views.on_white(shown, solid)
+    np.testing.assert_allclose(after, before, atol=0.5 / 255)
+    np.testing.assert_array_equal(shown[~inner], images[~inner])
+    assert (images == 100).all()
+
+
+def test_feathered_masks_are_outlines():
+    alpha = np.broadcast_to(np.uint8(np.linspace(0, 255, 16)), (1, 8, 16))
+    images = np.zeros((1, 8, 16, 3), np.uint8)
+    np.testing.assert_array_equal(views.opaque(images, alpha)[1], alpha)

@@ -25,6 +25,7 @@ from v3d_jax.ops import camera
 
 MAX_SIDE = 1600  # as the reference 3DGS: more detail than its Gaussians hold
 MAX_VIEWS = 2000
+_PANE, _EVEN = 26, 13  # alpha of a translucent region at least, and how much it changes at most
 _KINDS = (
     "a folder with transforms.json or a COLMAP model, a transforms file, or the mp4 of an orbit"
 )
@@ -76,6 +77,27 @@ def on_white(
         return pictures
     opacity = alpha[..., None].astype(np.float32) / np.float32(255.0)
     return pictures * opacity + (np.float32(1.0) - opacity)
+
+
+def opaque(
+    images: UInt8[np.ndarray, "v h w 3"], alpha: UInt8[np.ndarray, "v h w"]
+) -> tuple[UInt8[np.ndarray, "v h w 3"], UInt8[np.ndarray, "v h w"]]:
+    """Straight images whose translucent regions have become solid, as they look on white.
+
+    A surface is there or not: an outline's alpha tells where it passes, but a pane's, the same all
+    over, would ask for half a surface. A pixel is in such a region if alpha hardly changes around.
+    """
+    padded = np.pad(alpha, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    least, most = alpha, alpha
+    height, width = alpha.shape[1:]
+    for y, x in np.ndindex(3, 3):
+        shifted = padded[:, y : y + height, x : x + width]
+        least, most = np.minimum(least, shifted), np.maximum(most, shifted)
+    pane = (least >= _PANE) & (alpha < 255) & (most - least <= _EVEN)
+    images = np.array(images)
+    shown = on_white(images[pane][None, None], alpha[pane][None, None])[0, 0]
+    images[pane] = (shown * 255.0 + 0.5).astype(np.uint8)
+    return images, np.where(pane, np.uint8(255), alpha)
 
 
 def pixels(view: poses.Posed, told: str = "its camera is for") -> picture.Picture:
