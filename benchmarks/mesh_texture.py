@@ -1,7 +1,7 @@
 """Claim: 500 steps of a 1,024^2 texture on 18 views of 512^2 take at most 2 s on one H200.
 
 Extracts a bumpy sphere at 384^3, simplifies it to 25,000 faces, unwraps it, paints it, draws its
-orbit and fits a texture to those frames with MSE and LPIPS (VGG16, bfloat16), as `v3d_jax.meshing`
+orbit and fits a texture to those frames with MSE and LPIPS (VGG16, float32), as `v3d_jax.meshing`
 does. Prints one table row: seconds of the steps (second run, compiled), the limit, seconds of the
 stages before, PSNR, and the operator's size. Run `python benchmarks/mesh_texture.py`;
 a CPU takes a 256^2 texture, views of 128^2 and no LPIPS, and no limit applies.
@@ -68,7 +68,7 @@ def main() -> None:
     targets = bake.Targets(frames, matrix.coverage > 0.5, cameras)
     network, params = None, None
     if config.lpips:
-        network, params = pipeline.perceptual(jnp.bfloat16), lpips_weights.load("vgg")
+        network, params = pipeline.perceptual(jnp.dtype(jnp.float32)), lpips_weights.load("vgg")
     begun = jnp.full_like(truth, 0.5)
     more = {"perceptual": network, "params": params, "chunk": config.steps}
     key = jax.random.key(0)
