@@ -12,7 +12,7 @@ Prints one table row an object and field, then the means.
 - IoU of the solids within the outlines of 64 views all around, because few true meshes are closed.
 - normals: the mean of both directions' mean |cosine| with the nearest point's normal.
 - Chamfer seen: between the true points that the 18 views show, and those nearest to them; `unseen`
-  is the share that none shows, which an orbit at one elevation leaves to the prior.
+  is the share that none shows, which an orbit at one elevation leaves open.
 - PSNR, SSIM, LPIPS: 18 unseen views, half way between, at elevations +10 and -10 in turn.
 
 `mesh_scores` defines which points count. Distances are shares of the longest edge of the box around

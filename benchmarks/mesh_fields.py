@@ -76,7 +76,7 @@ _hull = jax.jit(carve.hull, static_argnums=2)
 def _field(solid: volume.Volume) -> meshing.Field:
     side = float(solid.voxel) * solid.distance.shape[0]
     box = extract.Box(np.asarray(solid.corner), side)
-    return meshing.Field(Partial(_read, solid), None, box, {})
+    return meshing.Field(Partial(_read, solid), box, {})
 
 
 def _read(solid: volume.Volume, points: Float[Array, "p 3"]) -> Float[Array, "p"]:

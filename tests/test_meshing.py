@@ -37,7 +37,7 @@ def colour(points):
 
 def fit_field(frames, key, seconds):
     seconds["sdf"] = 1.5
-    return meshing.Field(ball, colour, extract.Box(np.float32([-1, -1, -1]), 2.0), {"steps": 7})
+    return meshing.Field(ball, extract.Box(np.float32([-1, -1, -1]), 2.0), {"steps": 7})
 
 
 @pytest.fixture(scope="module")

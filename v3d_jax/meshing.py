@@ -31,7 +31,6 @@ class Field(NamedTuple):
     """A fitted surface: where `sdf` is zero within `box`, negative inside; world units."""
 
     sdf: extract.Sdf
-    color: bake.Color | None  # sRGB in [0, 1] of points on the surface, for what no frame shows
     box: extract.Box
     report: dict[str, Any]
 
@@ -128,7 +127,7 @@ def reconstruct(
     )
     atlas = _unwrapped(args, surface, config.side, seconds)
     shown = _shown(frames)
-    found = _colored(config, surface, atlas, frames, shown, field.color, color_key, seconds)
+    found = _colored(config, surface, atlas, frames, shown, color_key, seconds)
     truth = views.on_white(frames.images, frames.alpha)[shown]
     report = {
         "field": field.report,
@@ -161,7 +160,7 @@ def field_of(args: surfacing.SurfaceArgs) -> FitField:
     def fit(frames: splatting.Frames, key: Key[Array, ""], seconds: dict[str, float]) -> Field:
         found = surfacing.reconstruct(args, frames, key, seconds)
         box = extract.Box(np.asarray(found.place.corner), float(found.place.side))
-        return Field(found.sdf, found.color, box, found.report)
+        return Field(found.sdf, box, found.report)
 
     return fit
 
@@ -212,7 +211,6 @@ def _colored(
     atlas: unwrap.Atlas | None,
     frames: splatting.Frames,
     shown: Int[np.ndarray, "i"],
-    prior: bake.Color | None,
     key: Key[Array, ""],
     seconds: dict[str, float],
 ) -> bake.Colors:
@@ -244,7 +242,6 @@ def _colored(
             key,
             perceptual=network,
             params=params,
-            prior=prior,
             chunk=max(1, config.steps // _CHUNKS),
             progress=told,
         )

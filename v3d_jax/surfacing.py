@@ -1,7 +1,7 @@
 """Posed frames to a signed distance field from the host: hull, fit, with progress shown.
 
 The fit works in a box around the object, [-1, 1]^3 in its own units, so that grids and rates suit
-objects of any size and place; `sdf` and `color` of a `Surface` are in the frames' world.
+objects of any size and place; `sdf` of a `Surface` is in the frames' world.
 
 Axes: v view, h w image, n point.
 """
@@ -60,8 +60,8 @@ class Place(NamedTuple):
 class Surface(NamedTuple):
     """A fitted field, where it lies, and the report's entry.
 
-    `sdf` and `color` are functions and arrays in one: jitted programs take them as arguments and
-    are compiled once for all fields of the same sizes.
+    `sdf` is a function and its arrays in one: jitted programs take it as an argument and are
+    compiled once for all fields of the same sizes.
     """
 
     config: field.FieldConfig
@@ -73,11 +73,6 @@ class Surface(NamedTuple):
     def sdf(self) -> Partial:
         """Signed distances of points [n, 3] of the world, negative inside."""
         return Partial(_sdf_of(self.config), self.params, self.place)
-
-    @property
-    def color(self) -> Partial:
-        """Colours in [0, 1], sRGB, of points [n, 3] on the surface."""
-        return Partial(_color_of(self.config), self.params, self.place)
 
 
 def check(args: SurfaceArgs) -> None:
@@ -148,21 +143,10 @@ def _sdf_of(config: field.FieldConfig) -> Callable[..., Array]:
     return functools.partial(_sdf, config)
 
 
-@functools.cache
-def _color_of(config: field.FieldConfig) -> Callable[..., Array]:
-    return functools.partial(_color, config)
-
-
 def _sdf(
     config: field.FieldConfig, params: field.Field, place: Place, points: Float[Array, "n 3"]
 ) -> Float[Array, "n"]:
     return place.scale * field.sdf(config, params, _inside(place, points))
-
-
-def _color(
-    config: field.FieldConfig, params: field.Field, place: Place, points: Float[Array, "n 3"]
-) -> Float[Array, "n 3"]:
-    return field.color(config, params, _inside(place, points))
 
 
 def _inside(place: Place, points: Float[Array, "n 3"]) -> Float[Array, "n 3"]:

@@ -91,27 +91,6 @@ def test_what_no_view_saw_continues_what_they_saw(truth, fitted):
     assert np.median(off) < 0.15
 
 
-def test_a_prior_colours_what_no_view_saw(truth):
-    _, views, alpha = truth
-    # One view six times: the shapes of the other tests, so their programs.
-    same = np.zeros(painted.VIEWS, int)
-    lenses = jax.tree.map(lambda leaf: leaf[same], painted.cameras())
-    given = painted.targets(views[same], alpha[same], lenses)
-    found = []
-    for prior in (None, lambda points: jnp.asarray(_jax_pattern(points))):
-        colors = bake.bake(
-            painted.solid(), truth[0].atlas, given, painted.CONFIG, jax.random.key(0), prior=prior
-        )
-        assert colors.seen < 0.5
-        found.append(np.abs(np.int32(colors.values) - truth[0].colors).mean())
-    assert found[1] < 0.3 * found[0]
-
-
-def _jax_pattern(points):
-    wave = 0.5 + 0.3 * jnp.sin(9.0 * points + jnp.asarray([[0.0, 1.0, 2.0]]))
-    return jnp.where(points[:, 2:] > 0.1, wave, 1.0 - wave)
-
-
 def test_background_in_frames_teaches_nothing(truth):
     """Frames that show the object smaller than the mesh: its rim must not turn white."""
     _, views, alpha = truth

@@ -8,7 +8,6 @@ texels, or vertices).
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +21,7 @@ from v3d_jax.mesh.texels import Texels
 from v3d_jax.mesh.texture import Targets, TextureConfig
 from v3d_jax.mesh.topology import Triangles
 from v3d_jax.mesh.unwrap import Atlas
-from v3d_jax.ops import binning, compiling
-
-Color = Callable[[Float[Array, "n 3"]], Float[Array, "n 3"]]
+from v3d_jax.ops import binning
 
 # Pixels, of all views together, from which on a value counts as seen.
 _SEEN = 0.05
@@ -58,15 +55,12 @@ def bake(
     *,
     perceptual: texture.Perceptual | None = None,
     params: Any = None,
-    prior: Color | None = None,
     chunk: int = 100,
     progress: Callable[[int, float], None] | None = None,
 ) -> Colors:
     """The colours of a texture, row by row from the top, or without an atlas of the vertices.
 
-    `prior` colours points of the world, sRGB, that no view sees, up to a smooth change that meets
-    what the views show; without it they continue their surroundings. It is traced: best a
-    `jax.tree_util.Partial`, as for `extract`. `progress` is told the steps done and the loss.
+    What no view sees continues its surroundings. `progress` is told the steps done and the loss.
     """
     height, width = targets.images.shape[1:3]
     samples = config.supersample
@@ -76,18 +70,17 @@ def bake(
     matrix, sizes = operator.build(sight, targets.cameras, raster, side)
     places = _places(triangles, atlas, config.side)
     found, seen = _projected(places, sight, targets, raster)
-    base = _spread(places, None if prior is None else _colored(prior, places.points))
     begun = np.full((sizes.values, 3), 0.5, np.float32)
     begun[places.index] = found
     known = np.zeros(sizes.values, bool)
     known[places.index] = seen
-    count = len(base)
-    begun[:count] = _filled(places, begun[:count], known[:count], base)
+    count = len(places.index) if atlas is None else config.side**2
+    begun[:count] = _filled(places, begun[:count], known[:count])
     more = {"perceptual": perceptual, "params": params, "chunk": chunk, "progress": progress}
     fitted = texture.run(config, sizes, matrix, targets, jnp.asarray(begun), key, **more)
     known |= np.asarray(_touched(matrix, sizes)) > _SEEN
     whole = np.array(fitted)
-    whole[:count] = _filled(places, whole[:count], known[:count], base)
+    whole[:count] = _filled(places, whole[:count], known[:count])
     values = (np.clip(whole, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     renders = _renders(matrix, jnp.asarray(values))
     return Colors(values[:count], renders, float(known[places.index].mean()))
@@ -122,40 +115,14 @@ def _projected(
     return color, seen
 
 
-def _colored(prior: Color, points: Float[np.ndarray, "s 3"]) -> Float[np.ndarray, "s 3"]:
-    count = len(points)
-    more = ((0, binning.next_size(count) - count), (0, 0))
-    field = prior if isinstance(prior, jax.tree_util.Partial) else jax.tree_util.Partial(prior)
-    return np.asarray(_evaluate(field, jnp.asarray(np.pad(points, more))))[:count]
-
-
-@partial(jax.jit, compiler_options=compiling.OPTIONS)
-def _evaluate(field: Color, points: Float[Array, "s 3"]) -> Float[Array, "s 3"]:
-    return field(points)
-
-
-def _spread(places: _Places, color: Float[np.ndarray, "s 3"] | None) -> Float[np.ndarray, "m 3"]:
-    """Colours of the places as values, and around charts; black without colours."""
-    if places.texels is None:
-        return np.zeros((len(places.index), 3), np.float32) if color is None else color
-    values = np.zeros((places.side**2, 3), np.float32)
-    if color is None:
-        return values
-    values[places.index] = color
-    known = np.zeros(len(values), bool)
-    known[places.index] = True
-    return texels.fill(places.texels, places.triangles, places.side, values, known)
-
-
 def _filled(
     places: _Places,
     values: Float[np.ndarray, "m 3"],
     known: Bool[np.ndarray, "m"],
-    base: Float[np.ndarray, "m 3"],
 ) -> Float[np.ndarray, "m 3"]:
     if places.texels is None:
-        return base + texels.diffuse(places.triangles, values - base, known)
-    return base + texels.fill(places.texels, places.triangles, places.side, values - base, known)
+        return texels.diffuse(places.triangles, values, known)
+    return texels.fill(places.texels, places.triangles, places.side, values, known)
 
 
 def _renders(matrix: operator.Operator, values: UInt8[Array, "m 3"]) -> np.ndarray:

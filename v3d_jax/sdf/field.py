@@ -118,15 +118,8 @@ def evaluate(
     return Evaluation(outputs[:, 0], gradient, outputs, inputs)
 
 
-def color(
-    config: FieldConfig, params: Field, points: Float[Array, "n 3"], level: Level = None
-) -> Float[Array, "n 3"]:
-    """Colours in [0, 1], sRGB, at points on the surface."""
-    return shade(config, params, evaluate(config, params, points, level))
-
-
 def shade(config: FieldConfig, params: Field, found: Evaluation) -> Float[Array, "n 3"]:
-    """Colours of evaluated points."""
+    """Colours in [0, 1], sRGB, of evaluated points."""
     seen = [found.outputs, unit(found.gradient)]
     hidden = jnp.concatenate(seen + [found.inputs] * config.color_sees_grid, axis=-1)
     for layer in params.color[:-1]:
