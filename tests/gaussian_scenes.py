@@ -1,5 +1,6 @@
 """Scenes that are hard in different ways, and what tests render and differentiate of them."""
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ def evaluate(draw):
         found, images = gradient(gaussians, background, camera, draw)
         return images, found
 
-    return jax.jit(run)
+    return fixtures.jit(run)
 
 
 def relative(a, b):

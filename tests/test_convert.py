@@ -141,6 +141,7 @@ def trained(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_sample_runs_published_files(trained, tmp_path, capsys):
     for model in ("ours", "model.safetensors"):
         sample.run(sample.SampleArgs(out=tmp_path / model, model=str(trained / model), cache=False))

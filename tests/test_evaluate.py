@@ -3,6 +3,7 @@
 import csv
 import json
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,8 +117,8 @@ def made(params, seed=0):
 def test_batched_generation_is_the_pipeline_object_by_object(params):
     inputs = jnp.stack([jnp.asarray(frames(i)[0], jnp.float32) / 255 for i in range(2)])
     keys = jax.random.split(jax.random.key(5), 2)
-    batched = jax.jit(evaluate.generate, static_argnums=0)(CONFIG, params, inputs, keys)
-    alone = jax.jit(pipeline.image_to_orbit, static_argnums=0)
+    batched = fixtures.jit(evaluate.generate, static_argnums=0)(CONFIG, params, inputs, keys)
+    alone = fixtures.jit(pipeline.image_to_orbit, static_argnums=0)
     assert batched.shape == (2, COUNT, SIZE, SIZE, 3)
     for i in range(2):
         expected = alone(CONFIG, params, inputs[i], keys[i])
@@ -129,7 +130,7 @@ def test_score_leaves_the_first_frame_out_and_averages_the_rest():
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 256, (2, COUNT, SIZE, SIZE, 3), np.uint8) for _ in range(2))
     perceptual = random_lpips()
-    score = jax.jit(evaluate.score)
+    score = fixtures.jit(evaluate.score)
     got = score(perceptual, jnp.asarray(a), jnp.asarray(b))
     x, y = (jnp.asarray(v[:, 1:], jnp.float32) / 255 for v in (a, b))
     np.testing.assert_allclose(got["psnr"], metrics.psnr(x, y).mean(axis=1), rtol=1e-5)
@@ -143,7 +144,7 @@ def test_score_leaves_the_first_frame_out_and_averages_the_rest():
 
 def test_exact_predictions_score_the_cap():
     same = jnp.asarray(frames(0)[None, :COUNT])
-    got = jax.jit(evaluate.score)(None, same, same)
+    got = fixtures.jit(evaluate.score)(None, same, same)
     assert got["psnr"] == evaluate.MAX_PSNR
     assert set(got) == {"psnr", "ssim"}
     np.testing.assert_allclose(got["ssim"], 1.0, atol=1e-5)
@@ -170,7 +171,7 @@ def test_predictors_see_what_they_should(params):
 
 def test_an_orbit_depends_on_the_seed_and_the_place_alone(params):
     first, other = made(params), made(params, seed=1)
-    alone = jax.jit(pipeline.image_to_orbit, static_argnums=0)
+    alone = fixtures.jit(pipeline.image_to_orbit, static_argnums=0)
     for i in range(3):
         assert (first[i].frames[evaluate.MODEL] != other[i].frames[evaluate.MODEL]).any()
         assert first[i].scores[evaluate.NEAREST] == other[i].scores[evaluate.NEAREST]

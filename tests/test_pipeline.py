@@ -115,6 +115,7 @@ def test_cross_attention_to_one_token_is_computed_once_a_run(key):
     assert len(of_tokens(whole)) == 2
 
 
+@pytest.mark.slow
 def test_weights_held_in_bfloat16_give_the_same_bits(params, image, orbit, key, tmp_path):
     """A norm's scale rounded too would show, and a kernel left in float32 weighs twice."""
     folder.save(tmp_path / "tiny", tiny_generator.CONFIG, SAMPLING, params)
@@ -160,6 +161,7 @@ def test_low_memory_gives_the_same_frames(params, image, fast_orbit, key):
     np.testing.assert_allclose(frames, fast_orbit(SETTINGS, params, image, key), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_low_memory_takes_less_in_a_step_and_in_decoding(params, key):
     """A step has half the batch. Of so small a decoder a few activations are most."""
     twelve = replace(SETTINGS, generator=replace(tiny_generator.CONFIG, num_frames=12))

@@ -3,7 +3,7 @@ import math
 import subprocess
 import sys
 
-import jax
+import fixtures
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from v3d_jax.weights import lpips as lpips_weights
 
 SIZE, VIEWS = 32, 6
 FILES = {"splats.ply", "splats.mp4", "preview.png", "report.json"}
-DRAW = jax.jit(rasterize.rasterize, static_argnums=2)
+DRAW = fixtures.jit(rasterize.rasterize, static_argnums=2)
 SPLATS = splatting.SplatArgs(gaussians=150, fit_steps=40, fit_views=2)
 
 
@@ -129,6 +129,7 @@ def test_views_become_a_mesh(tmp_path, source, frames, capsys):
     assert report["mesh"]["psnr"] > white + 4.0
 
 
+@pytest.mark.slow
 def test_without_weights_the_recipe_goes_on(monkeypatch, frames, capsys):
     class StoppedError(Exception):
         pass

@@ -200,6 +200,7 @@ def test_the_command_says_one_line_and_exits_with_2(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_procedural_objects_are_rendered_beside_the_meshes(meshes, tmp_path):
     out = tmp_path / "out"
     render.main(arguments(meshes, out, "--solids", "2", "--split", "train"))

@@ -104,6 +104,7 @@ def test_what_is_no_use_is_listed_with_its_reason(unbroken):
     assert names == {*(f"{n % 2:03d}/box{n}" for n in range(6)), "textured"}
 
 
+@pytest.mark.slow
 def test_a_killed_rendering_goes_on_and_ends_with_the_same_files(
     objects, unbroken, tmp_path, capsys, monkeypatch
 ):

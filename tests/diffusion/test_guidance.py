@@ -1,3 +1,4 @@
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +34,9 @@ def test_guided_denoiser_equals_two_separate_branches(key):
     x = jax.random.normal(jax.random.fold_in(key, 9), (2, 5, 4, 4, 3))
     sigma = jnp.asarray(2.5)
     scale = guidance.frame_scale("linear", 1.5, 3.0, 5)
-    guided = guidance.guided_denoiser(linear_network, condition, scale)(x, sigma)
+    guided = fixtures.jit(guidance.guided_denoiser(linear_network, condition, scale))(x, sigma)
 
+    @fixtures.jit
     def branch(condition):
         network = guidance.condition_network(linear_network, condition)
         return precondition.denoise(network, x, sigma)

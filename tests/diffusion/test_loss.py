@@ -1,3 +1,4 @@
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,13 +58,17 @@ def test_loss_is_the_unweighted_error_of_v_prediction(key, per_frame):
         seen.append((x[..., :4], c_noise))
         return jnp.zeros_like(x[..., :4])
 
-    value, metrics = loss.edm_loss(network, latents, condition, key, config)
-    x_in, c_noise = seen[0]
-    sigma = jnp.exp(4 * c_noise)[..., None, None, None]
-    noise = (x_in * jnp.sqrt(sigma**2 + 1) - latents) / sigma
-    v = (noise - sigma * latents) / jnp.sqrt(sigma**2 + 1)
-    np.testing.assert_allclose(metrics.clip_loss, jnp.mean(v**2, axis=(1, 2, 3, 4)), rtol=1e-4)
-    np.testing.assert_allclose(value, jnp.mean(v**2), rtol=1e-4)
+    @fixtures.jit
+    def both(latents, condition, key):
+        return loss.edm_loss(network, latents, condition, key, config), seen[-1]
+
+    (value, metrics), given = both(latents, condition, key)
+    x_in, c_noise, latents = map(np.asarray, (*given, latents))
+    sigma = np.exp(4 * c_noise)[..., None, None, None]
+    noise = (x_in * np.sqrt(sigma**2 + 1) - latents) / sigma
+    v = (noise - sigma * latents) / np.sqrt(sigma**2 + 1)
+    np.testing.assert_allclose(metrics.clip_loss, np.mean(v**2, axis=(1, 2, 3, 4)), rtol=1e-4)
+    np.testing.assert_allclose(value, np.mean(v**2), rtol=1e-4)
     np.testing.assert_allclose(metrics.log_sigma, 4 * c_noise.mean(1), rtol=1e-4, atol=1e-5)
 
 
@@ -77,9 +82,13 @@ def test_gradient_step_on_a_linear_network_reaches_the_best_one(key):
 
         return loss.edm_loss(network, latents, condition, key, LossConfig())[0]
 
+    @fixtures.jit
+    def descend(gain, step):
+        return gain - 0.1 * jax.grad(objective)(gain, jax.random.fold_in(key, step))
+
     gain = jnp.asarray(1.0)
     for step in range(30):
-        gain -= 0.1 * jax.grad(objective)(gain, jax.random.fold_in(key, step))
+        gain = descend(gain, step)
     assert abs(float(gain)) < 0.1
 
 

@@ -242,6 +242,7 @@ def test_faces_at_the_near_plane_are_dropped_and_counted():
     assert set(np.unique(result.face)) == {-1, 0}
 
 
+@pytest.mark.slow
 def test_padded_scanned_and_batched_meshes_draw_the_same():
     rng = np.random.default_rng(1)
     meshes = [

@@ -2,6 +2,7 @@
 
 import functools
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,7 @@ def compiled(alpha, views_per_pass=None):
     draw = functools.partial(
         shade.render, config=CONFIG, alpha=alpha, views_per_pass=views_per_pass
     )
-    return jax.jit(draw)
+    return fixtures.jit(draw)
 
 
 def common_size(mesh):
@@ -245,6 +246,7 @@ def test_outline_is_antialiased():
     np.testing.assert_allclose(rgba[rgba[..., 3] > 0][:, :3], 1.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_passes_change_nothing():
     mesh = cards((0.3, [1, 0, 0, 0.5], -1, 0), (0.0, [0, 0, 1, 1], -1, 0))
     lights = shade.standard_lights()
@@ -295,7 +297,7 @@ def test_pyramid_levels_and_look_up():
 
 def test_random_lights_stay_in_range():
     config = shade.LightConfig(count=4)
-    draw = jax.jit(jax.vmap(lambda key: shade.random_lights(key, config)))
+    draw = fixtures.jit(jax.vmap(lambda key: shade.random_lights(key, config)))
     lights = draw(jax.random.split(jax.random.key(0), 200))
     np.testing.assert_allclose(np.linalg.norm(lights.direction, axis=-1), 1.0, atol=1e-5)
     assert float(lights.direction[..., 2].min()) >= config.lowest

@@ -131,7 +131,9 @@ def test_a_decoder_in_chunks_takes_less_memory():
     latents = jax.ShapeDtypeStruct((1, 18, 32, 32, 4), jnp.bfloat16)
 
     def temporary(decode):
-        return jax.jit(decode).lower(net, latents).compile().memory_analysis().temp_size_in_bytes
+        return (
+            fixtures.jit(decode).lower(net, latents).compile().memory_analysis().temp_size_in_bytes
+        )
 
     chunked = temporary(lambda n, z: chunked_decoder.decode(n.decoder, z, 2))
     activation = 2 * 18 * 64 * 64 * 32

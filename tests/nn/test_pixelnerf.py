@@ -314,6 +314,7 @@ def gradient_memory(frames, rays_at_once):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_number_of_frames():
     """Beyond a frame's own rays and results, far below one array of what its samples know."""
     few, many = (gradient_memory(frames, 64) for frames in (2, 18))

@@ -1,5 +1,6 @@
 """Expansion, offsets, sorting and chunks against their obvious numpy twins."""
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ def test_chunks_cover_every_slot_once():
     counts[[0, 7, 29]] = 0
     offsets = jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)
     capacity = int(counts.sum()) // 8 + 30
-    cut = binning.chunks(offsets, 8, capacity)
+    cut = fixtures.jit(binning.chunks, static_argnums=(1, 2))(offsets, 8, capacity)
     used = int(cut.total)
     assert used <= capacity
     assert used == int((-(-counts // 8)).sum())
@@ -139,18 +140,20 @@ def test_run_sums_of_any_runs(size):
     ends[:, 0] = 0, size  # everything
     ends[:, 1] = size, 0  # negative: empty
     values[0] = 1e20 if size == 37 else values[0]  # a running sum would lose all that follows
-    got = binning.run_sums(jnp.asarray(values), *jnp.asarray(ends), size)
+    run_sums = fixtures.jit(binning.run_sums, static_argnums=3)
+    got = run_sums(jnp.asarray(values), *jnp.asarray(ends), size)
     expected = [values[a:b].astype(np.float64).sum(0) for a, b in ends.T]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    flat = binning.run_sums(jnp.asarray(values[:, 0]), *jnp.asarray(ends), size)
+    flat = run_sums(jnp.asarray(values[:, 0]), *jnp.asarray(ends), size)
     np.testing.assert_array_equal(flat, got[:, 0])
 
 
 def test_run_sums_reach_exactly_as_far_as_the_longest():
     values, zero = jnp.ones(1024), jnp.zeros(64, jnp.int32)
+    run_sums = fixtures.jit(binning.run_sums, static_argnums=3)
     for longest in (1, 2, 3, 7, 8, 9, 100):
         starts = zero + jnp.arange(64, dtype=jnp.int32)
-        got = binning.run_sums(values, starts, starts + longest, longest)
+        got = run_sums(values, starts, starts + longest, longest)
         np.testing.assert_array_equal(got, float(longest))
 
 
@@ -159,7 +162,8 @@ def test_run_scan_starts_anew(reverse):
     rng = np.random.default_rng(6)
     values = rng.uniform(0.5, 1.5, (50, 4)).astype(np.float32)
     head = rng.random(50) < 0.2
-    got = binning.run_scan(jnp.multiply, jnp.asarray(values), jnp.asarray(head), reverse=reverse)
+    scan = fixtures.jit(binning.run_scan, static_argnums=0, static_argnames="reverse")
+    got = scan(jnp.multiply, jnp.asarray(values), jnp.asarray(head), reverse=reverse)
     expected = values.astype(np.float64)
     order = range(49, -1, -1) if reverse else range(50)
     last = None

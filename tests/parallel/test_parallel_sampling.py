@@ -65,7 +65,7 @@ def flops(stage, settings, *arguments):
     return lowered.compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize(("devices", "share"), [SLOW(2, 0.55), (6, 0.35)])
+@pytest.mark.parametrize(("devices", "share"), [SLOW(2, 0.55), SLOW(6, 0.35)])
 def test_every_device_has_its_share_of_a_step(devices, share):
     """A little more than 1 / devices: embeddings and halos are computed by all."""
     settings, placed = on_devices(devices)
@@ -92,6 +92,7 @@ def test_meshes():
         sampling.mesh(8, 2, 18)
 
 
+@pytest.mark.slow
 def test_a_branch_alone_is_split_by_frame():
     """Beyond guidance's interval half as large a batch is computed, on any number of devices."""
     settings, placed = on_devices(6, guidance_interval=(0.0, 1.0))

@@ -138,6 +138,7 @@ def assert_equal_to_one_device(levels: int, *layout):
     assert float(optax.tree.norm(grads["vision"])) > 1e-4 * norm
 
 
+@pytest.mark.slow  # test_train has a shorter one
 def test_weights_batch_and_frames_split_equal_one_device():
     """All axes at once, and blocks that the gradient recomputes."""
     assert_equal_to_one_device(1, 8, 2, 2, "blocks")

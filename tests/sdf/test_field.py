@@ -1,6 +1,7 @@
 import functools
 from dataclasses import replace
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,15 @@ from v3d_jax.sdf.hashgrid import GridConfig
 
 CONFIG = FieldConfig(grid=GridConfig(levels=2, base=6, growth=1.6), width=16, color_width=8)
 COUNT = 200
+
+
+def color(config, params, places):
+    return field.shade(config, params, field.evaluate(config, params, places))
+
+
 _jitted = {
-    name: jax.jit(getattr(field, name), static_argnums=0) for name in ("sdf", "evaluate", "color")
+    function.__name__: fixtures.jit(function, static_argnums=0)
+    for function in (field.sdf, field.evaluate, color)
 }
 
 
@@ -68,10 +76,10 @@ def test_analytic_gradient_is_the_derivative_and_is_learnt_from():
         return jnp.mean((length - 1.0) ** 2 + sdf * gradient[:, 1]) + jnp.mean(outputs**2)
 
     found = _jitted["evaluate"](config, params, places)
-    for one, other in zip(found[:3], jax.jit(by_jax)(params), strict=True):
+    for one, other in zip(found[:3], fixtures.jit(by_jax)(params), strict=True):
         close(one, other, 1e-5)
-    ours = jax.jit(jax.grad(lambda p: loss(lambda q: field.evaluate(config, q, places), p)))
-    theirs = jax.jit(jax.grad(lambda p: loss(by_jax, p)))
+    ours = fixtures.jit(jax.grad(lambda p: loss(lambda q: field.evaluate(config, q, places), p)))
+    theirs = fixtures.jit(jax.grad(lambda p: loss(by_jax, p)))
     for one, other in zip(*map(jax.tree.leaves, (ours(params), theirs(params))), strict=True):
         if np.abs(other).max() > 0:
             close(one, other, 1e-4)
@@ -94,7 +102,9 @@ def test_differences_come_near_the_derivative(normals):
         errors.append(np.linalg.norm(found.gradient - exact.gradient))
     assert errors[1] < 0.6 * errors[0]
     assert errors[1] / np.linalg.norm(exact.gradient) < 0.1
-    moved = jax.jit(jax.grad(lambda p: field.evaluate(config, p, points()).gradient.sum()))(params)
+    moved = fixtures.jit(jax.grad(lambda p: field.evaluate(config, p, points()).gradient.sum()))(
+        params
+    )
     assert float(jnp.abs(moved.table).max()) == 0.0  # features count for nothing yet
     assert float(jnp.abs(moved.geometry[0].kernel).max()) > 0.0
 
@@ -124,7 +134,7 @@ def test_starts_as_a_sphere_of_half_the_box():
         params = field.initial(config, key)
         return field.sdf(config, params, places), field.inv_s(params)
 
-    found, sharpness = jax.jit(jax.vmap(begun))(jax.random.split(jax.random.key(3), 50))
+    found, sharpness = fixtures.jit(jax.vmap(begun))(jax.random.split(jax.random.key(3), 50))
     wanted = np.linalg.norm(places / 3.0, axis=1) - 0.5
     assert np.abs(found.mean(axis=0) - wanted).max() < 0.1
     assert np.abs(found - wanted[None]).mean() < 0.15
@@ -149,14 +159,14 @@ def test_functions_for_extraction():
     params, places = rough(CONFIG), points()
     found = _jitted["evaluate"](CONFIG, params, places)
     np.testing.assert_allclose(_jitted["sdf"](CONFIG, params, places), found.sdf, atol=1e-5)
-    color = _jitted["color"](CONFIG, params, places)
-    assert color.shape == (COUNT, 3)
-    assert 0.0 <= float(color.min()) < float(color.max()) <= 1.0
-    shade = jax.jit(functools.partial(field.shade, CONFIG))
+    found_color = _jitted["color"](CONFIG, params, places)
+    assert found_color.shape == (COUNT, 3)
+    assert 0.0 <= float(found_color.min()) < float(found_color.max()) <= 1.0
+    shade = fixtures.jit(functools.partial(field.shade, CONFIG))
     stretched = shade(params, found._replace(gradient=7.0 * found.gradient))
-    np.testing.assert_allclose(stretched, color, atol=1e-5)
+    np.testing.assert_allclose(stretched, found_color, atol=1e-5)
     turned = shade(params, found._replace(gradient=-found.gradient))
-    assert np.abs(turned - color).max() > 0.01
+    assert np.abs(turned - found_color).max() > 0.01
 
 
 def test_unit_is_finite_at_zero():
@@ -171,11 +181,11 @@ def test_colors_may_see_the_grid():
     assert params.color[0].kernel.shape[0] == CONFIG.outputs + 3 + 3 + 4
     found = _jitted["evaluate"](config, params, places)
     np.testing.assert_allclose(found.inputs[:, :3], places, atol=1e-6)
-    shade = jax.jit(functools.partial(field.shade, config))
+    shade = fixtures.jit(functools.partial(field.shade, config))
     moved = shade(params, found._replace(inputs=found.inputs + 1.0))
     assert np.abs(moved - _jitted["color"](config, params, places)).max() > 0.01
     plain = rough(CONFIG)
-    same = jax.jit(functools.partial(field.shade, CONFIG))
+    same = fixtures.jit(functools.partial(field.shade, CONFIG))
     np.testing.assert_array_equal(
         same(plain, found), same(plain, found._replace(inputs=found.inputs + 1.0))
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def cloud(seed, color=None):
     return start.from_points(means, jnp.asarray(colors, jnp.float32), opacity=0.8)
 
 
-draw = jax.jit(rasterize.rasterize, static_argnums=2)
+draw = fixtures.jit(rasterize.rasterize, static_argnums=2)
 
 
 def render(gaussians, background=None):

@@ -3,7 +3,7 @@
 import functools
 from typing import NamedTuple
 
-import jax
+import fixtures
 import jax.numpy as jnp
 import numpy as np
 import trimesh
@@ -13,7 +13,7 @@ from v3d_jax.ops import camera
 
 SIZE, VIEWS = 128, 18
 RASTER = rasterize.RasterConfig(width=SIZE, height=SIZE, supersample=1, rows=1 << 18)
-_rasterize = jax.jit(functools.partial(rasterize.rasterize, config=RASTER))
+_rasterize = fixtures.jit(functools.partial(rasterize.rasterize, config=RASTER))
 
 
 class Solid(NamedTuple):

@@ -1,5 +1,6 @@
 """Visual hulls of known solids, against float64 loops over every view."""
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from v3d_jax.splat import carve
 CONFIG = carve.CarveConfig(resolution=64, coarse=32)
 HALF, FINE = 0.68, 88  # half side and resolution of the reference grid
 
-hull_of = jax.jit(carve.hull, static_argnames="config")
+hull_of = fixtures.jit(carve.hull, static_argnames="config")
 
 
 def points_of_grid(half, size):
@@ -113,7 +114,7 @@ def test_one_program_for_all_and_the_same_every_time(solids, lenses):
         count += 1
         return carve.hull(masks, cameras, CONFIG)
 
-    compiled = jax.jit(counted)
+    compiled = fixtures.jit(counted)
     first = compiled(solids["box"].masks, lenses)
     turned = lenses._replace(world_to_camera=jnp.roll(lenses.world_to_camera, 1, axis=0))
     compiled(np.roll(solids["torus"].masks, 1, axis=0), turned)
@@ -128,7 +129,7 @@ def test_memory_does_not_grow_with_views_times_voxels(solids, lenses):
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (solids["box"].masks, lenses)
     )
-    compiled = jax.jit(carve.hull, static_argnums=2).lower(*shapes, config).compile()
+    compiled = fixtures.jit(carve.hull, static_argnums=2).lower(*shapes, config).compile()
     memory = compiled.memory_analysis()
     grid, pixels = 4 * config.resolution**3, 4 * VIEWS * SIZE**2
     assert memory.temp_size_in_bytes < 3 * grid + 4 * pixels  # a tenth of views x voxels

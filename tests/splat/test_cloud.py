@@ -1,5 +1,6 @@
 """Points on hulls: where they lie, what colour they take, and what happens without masks."""
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,9 @@ CONFIG = carve.CarveConfig(resolution=64, coarse=32)
 COUNT = 4000
 RED, BLUE, GREEN = np.float32([[0.8, 0.1, 0.2], [0.1, 0.2, 0.9], [0.0, 1.0, 0.0]])
 
-initial = jax.jit(cloud.initial, static_argnames=("count", "config"))
-hull_of = jax.jit(carve.hull, static_argnames="config")
-sample = jax.jit(cloud.sample_surface, static_argnames="count")
+initial = fixtures.jit(cloud.initial, static_argnames=("count", "config"))
+hull_of = fixtures.jit(carve.hull, static_argnames="config")
+sample = fixtures.jit(cloud.sample_surface, static_argnames="count")
 
 
 def pictures(solid, red):
@@ -149,6 +150,7 @@ def test_points_that_no_view_sees(solids):
     np.testing.assert_allclose(told.colors, np.tile(RED, (COUNT, 1)), atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_key_decides_and_one_program_serves(solids, lenses):
     count = 0
 
@@ -157,7 +159,7 @@ def test_the_key_decides_and_one_program_serves(solids, lenses):
         count += 1
         return cloud.initial(key, images, masks, lenses, 500, CONFIG)
 
-    compiled = jax.jit(counted)
+    compiled = fixtures.jit(counted)
     solid = solids["torus"]
     images = jnp.asarray(pictures(solid, solid.mesh.triangles_center[:, 1] > 0))
     first = compiled(jax.random.key(1), images, solid.masks)

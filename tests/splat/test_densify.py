@@ -2,6 +2,7 @@
 
 import math
 
+import fixtures
 import gaussian_scenes as scenes
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def test_relocation_keeps_the_image(half_dead, key):
     """And without the correction of eq. 9 it would not."""
     scene, dead = half_dead
     camera = scenes.views()
-    draw = jax.jit(rasterize.rasterize, static_argnums=2)
+    draw = fixtures.jit(rasterize.rasterize, static_argnums=2)
     before = draw(scene, camera, scenes.CONFIG).color
     told = densify.relocate(key, scene, 0.005)
     after = draw(told.gaussians, camera, scenes.CONFIG).color

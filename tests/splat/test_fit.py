@@ -119,6 +119,7 @@ def test_extent_is_that_of_the_release(key):
     assert float(fit.extent(camera.orbit(width=8, height=8))) == pytest.approx(2.2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_needed_slots_are_those_of_the_worst_view(targets):
     each = []
     for view in range(fit_scene.VIEWS):
@@ -153,6 +154,7 @@ def test_means_slow_down_and_rates_follow_the_batch():
     assert rate(100, 4) == pytest.approx((4e-5, 2e-3), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_regularisers_end_with_the_moves_that_they_serve(targets, key, monkeypatch):
     """From step 100 on nothing is moved; the release has its own throughout."""
 

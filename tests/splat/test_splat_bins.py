@@ -3,10 +3,12 @@
 import functools
 import itertools
 
+import fixtures
 import gaussian_scenes as scenes
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from v3d_jax.splat import bin as bins
 from v3d_jax.splat import rasterize
@@ -51,7 +53,7 @@ def exact_tiles(projection, log_opacity):
 
     with jax.enable_x64(True):
         packed = [jnp.asarray(field) for field in (*fields, reach)]
-        return np.asarray(jax.jit(lambda p: jax.lax.map(one, p, batch_size=500))(packed))
+        return np.asarray(fixtures.jit(lambda p: jax.lax.map(one, p, batch_size=500))(packed))
 
 
 def listed_tiles(found, count):
@@ -68,7 +70,7 @@ def test_cover_is_exact():
     count = 100_000
     projection, log_opacity = random_ellipses(np.random.default_rng(0), count)
     put = functools.partial(bins.bin_splats, size=(WIDTH, HEIGHT), capacity=1_600_000)
-    found = jax.jit(put)(projection, log_opacity)
+    found = fixtures.jit(put)(projection, log_opacity)
     assert int(found.total) <= 1_600_000
     exact = exact_tiles(projection, log_opacity)
     got = listed_tiles(found, count)
@@ -80,7 +82,9 @@ def test_cover_is_exact():
 def test_lists_run_from_front_to_back():
     gaussians = scenes.as_float(scenes.scene("mixed"), jnp.float32)
     projection = rasterize.project_gaussians(gaussians, scenes.views(), scenes.CONFIG)
-    found = jax.jit(rasterize.bin_gaussians, static_argnums=2)(gaussians, projection, scenes.CONFIG)
+    found = fixtures.jit(rasterize.bin_gaussians, static_argnums=2)(
+        gaussians, projection, scenes.CONFIG
+    )
     offsets = np.asarray(found.offsets)
     flat = np.asarray(found.order)[np.asarray(found.rank)]
     depth = np.asarray(projection.depth).reshape(-1)[flat]
@@ -103,7 +107,7 @@ def test_keys_of_16_and_32_bits_list_the_same():
     width = 8 * 2048
     # 32 rows of 2048 tiles and no tile: one more than 16 bits hold; 31 rows: fewer
     tall, flat = (
-        jax.jit(functools.partial(bins.bin_splats, size=(width, height), capacity=1 << 17))(
+        fixtures.jit(functools.partial(bins.bin_splats, size=(width, height), capacity=1 << 17))(
             projection, log_opacity
         )
         for height in (256, 248)
@@ -118,6 +122,7 @@ def test_keys_of_16_and_32_bits_list_the_same():
     np.testing.assert_array_equal(*ranks)
 
 
+@pytest.mark.slow
 def test_views_binned_in_halves_look_the_same(monkeypatch):
     gaussians = scenes.as_float(scenes.scene("mixed"), jnp.float32)
     camera = scenes.views(3)
@@ -134,7 +139,7 @@ def test_views_binned_in_halves_look_the_same(monkeypatch):
             layers, slots = channels(gaussians)
             return jnp.sum(layers * weights), (layers, slots)
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(gaussians)
+        return fixtures.jit(jax.value_and_grad(loss, has_aux=True))(gaussians)
 
     (_, (whole, slots)), wanted = seen()
     # 16 bits as if they held two views' tiles, but not three views'

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 
+import fixtures
 import gaussian_scenes as scenes
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def test_too_small_a_capacity_is_flagged_and_grown():
     background = jnp.asarray(BACKGROUND, jnp.float32)
     (color, *_), _ = run("mixed")
     small = replace(scenes.CONFIG, slots=2400)
-    short = jax.jit(rasterize.rasterize, static_argnums=2)(
+    short = fixtures.jit(rasterize.rasterize, static_argnums=2)(
         gaussians, scenes.views(), small, background
     )
     needed = int(short.slots)

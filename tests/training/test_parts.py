@@ -66,7 +66,11 @@ def settings(files, run, init_from="model", **changes) -> config.VideoTrainConfi
 
 
 @pytest.mark.parametrize(
-    ("parts", "target"), [(("decoder",), "pictures"), (("unet", "decoder"), "decoded")]
+    ("parts", "target"),
+    [
+        (("decoder",), "pictures"),
+        pytest.param(("unet", "decoder"), "decoded", marks=pytest.mark.slow),
+    ],
 )
 def test_the_parts_that_are_named_move_and_no_others(files, tmp_path, monkeypatch, parts, target):
     rng = np.random.default_rng(0)
