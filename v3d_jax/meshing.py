@@ -219,8 +219,7 @@ def _colored(
     if jax.default_backend() == "cpu":
         config = dataclasses.replace(config, lpips=0.0)
     elif params := splatting.load_lpips("vgg", "colours are fitted by squared differences alone"):
-        # In bfloat16 its gradient is mostly rounding so near the frames, and draws grain: of two
-        # 256^2 pictures 0.011 apart the cosine to the gradient in float32 is 0.58.
+        # In bfloat16 its gradient is mostly rounding so near the frames (docs/method.md).
         network = pipeline.perceptual(jnp.dtype(jnp.float32))
     pictures = views.on_white(frames.images[shown], None if alpha is None else alpha[shown])
     targets = bake.Targets(

@@ -11,6 +11,7 @@ import pytest
 
 from v3d_jax.mesh import bake, export, extract, rasterize, shade, simplify, texture, unwrap
 from v3d_jax.ops import camera
+from v3d_jax.splat import objective
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,49 @@ def test_what_no_view_saw_continues_what_they_saw(truth, fitted):
     found, _ = painted.draw(painted.textured(item._replace(colors=fitted[0].values)), below)
     off = np.abs(found - expected)[alpha == 1.0]
     assert np.median(off) < 0.15
+
+
+def edges(params, images):
+    """Two layers of a random network with pixels of unit length, as LPIPS has."""
+    taps, x = [], images
+    for kernel in params:
+        x = jax.lax.conv(jnp.moveaxis(x, -1, 1), kernel, (1, 1), "SAME")
+        x = jax.nn.relu(jnp.moveaxis(x, 1, -1))
+        taps.append(x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6))
+    return taps
+
+
+def apart(params, found, wanted):
+    return sum(jnp.square(a - b).sum(-1).mean((1, 2)) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_perceptual_distance_falls_where_views_disagree_and_leaves_the_colours(truth):
+    """Frames of wrong geometry cannot all be met; here every other one is a pixel aside."""
+    _, views, alpha = truth
+    lenses = painted.cameras()
+    aside = np.where(np.arange(painted.VIEWS) % 2, 0.5, -0.5)
+    lenses = lenses._replace(intrinsics=lenses.intrinsics.at[:, 0, 2].add(aside))
+    keys = jax.random.split(jax.random.key(7))
+    params = [
+        jax.random.normal(key, (16, inputs, 3, 3))
+        for key, inputs in zip(keys, (3, 16), strict=True)
+    ]
+    distance = objective.Perceptual(edges, apart)
+    given = painted.targets(views, alpha, lenses)
+    found = []
+    for steps in (0, painted.CONFIG.steps):
+        config = replace(painted.CONFIG, lpips=1.0, steps=steps)
+        colors = bake.bake(
+            painted.solid(), truth[0].atlas, given, config, jax.random.key(0),
+            perceptual=distance, params=params,
+        )  # fmt: skip
+        shown = colors.renders / np.float32(255)
+        error = np.square(shown - views)[alpha == 1.0].mean()
+        pair = [edges(params, jnp.asarray(2 * x - 1, jnp.float32)) for x in (shown, views)]
+        found.append((float(apart(params, *pair).mean()), error))
+    (before, start), (after, end) = found
+    assert after < 0.9 * before
+    assert end < 1.1 * start
 
 
 def test_background_in_frames_teaches_nothing(truth):

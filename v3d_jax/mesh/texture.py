@@ -8,6 +8,9 @@ Axes: v view, h w image, m values (side * side texels, or vertices). Colours are
 Pixels that a frame calls background teach nothing: surface that overlaps it by part of a pixel
 would take on its white. Nor do those that see surface at a grazing angle.
 
+A perceptual distance wants small steps from a good start: its gradient, hundreds of times that of
+the squared error, does not fade near the frames, and Adam at the larger rate draws grain by it.
+
 Where texels are finer than pixels the frames leave much open, and Adam would fill it with grain.
 So changes are held smooth: half the squared differences between neighbouring texels' changes since
 the start join the loss. Against a texel that weighs a whole pixel in a view they count little.
@@ -55,6 +58,7 @@ class TextureConfig:
     supersample: int = 2  # samples a pixel along each axis
     steps: int = 500
     rate: float = 0.02
+    perceptual_rate: float = 0.002  # instead of it, with a perceptual distance
     rate_left: float = 0.05  # share of it at the last step, reached exponentially
     damping: float = 1e-2  # added to Adam's denominator: what views hardly see hardly moves
     lpips: float = 1.0
@@ -185,7 +189,8 @@ def _step(
         gradient = gradient + config.smooth * _roughness(state.values - state.start, sizes.side)
     update, moments = _adam(config).update(gradient, state.moments)
     part = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
-    rate = config.rate * jnp.power(config.rate_left, part)
+    full = config.rate if features is None else config.perceptual_rate
+    rate = full * jnp.power(config.rate_left, part)
     values = jnp.clip(state.values - rate * update, 0.0, 1.0)
     return state._replace(step=state.step + 1, values=values, moments=moments), value
 
