@@ -19,8 +19,8 @@ Prints one table row an object and field, then the means.
 the true points; nothing is aligned or scaled, since both surfaces lie in the frames' world. The row
 `truth` compares two samplings of the true surface: a perfect mesh would score that. Seconds are
 those until the simplified surface is there, without colours, and of all stages. They hold
-compilation, which is why the first object takes the longest. Bar, not shown yet: from the second
-object on, ours has its surface within 15 seconds on one H200.
+compilation, which is why the first object takes the longest. Bar: from the second object on, ours
+has its surface within 15 seconds on one H200 (10.5 were measured, alone on the card).
 
 SV3D (arXiv 2403.12008) reports a Chamfer distance of 0.021 and an IoU of 0.689 for reconstruction
 from true renders of 50 Google Scanned Objects. How it scales and aligns meshes, samples points,
