@@ -1,6 +1,5 @@
 """Scenes that are hard in different ways, and what tests render and differentiate of them."""
 
-import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +75,7 @@ def evaluate(draw):
         found, images = gradient(gaussians, background, camera, draw)
         return images, found
 
-    return fixtures.jit(run)
+    return jax.jit(run)
 
 
 def relative(a, b):

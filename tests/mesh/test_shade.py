@@ -246,7 +246,6 @@ def test_outline_is_antialiased():
     np.testing.assert_allclose(rgba[rgba[..., 3] > 0][:, :3], 1.0, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_passes_change_nothing():
     mesh = cards((0.3, [1, 0, 0, 0.5], -1, 0), (0.0, [0, 0, 1, 1], -1, 0))
     lights = shade.standard_lights()
