@@ -1,5 +1,6 @@
 """Frames and a field to files, as the command lines will call it."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 import trimesh
 
 from v3d_jax import errors, meshing, splatting
-from v3d_jax.data import output
-from v3d_jax.mesh import extract, texels, topology, unwrap
+from v3d_jax.data import output, views
+from v3d_jax.mesh import extract, texels, texture, topology, unwrap
+from v3d_jax.nn import lpips
 
 ARGS = meshing.MeshArgs(
     faces=1_280, texture_size=painted.SIDE, texture_steps=100, mesh_resolution=64
@@ -65,6 +67,46 @@ def frames():
 def made(frames):
     seconds = {}
     return meshing.reconstruct(ARGS, frames, fit_field, 0, seconds), seconds
+
+
+def test_the_field_is_fitted_to_solid_frames(frames):
+    given = []
+
+    def stop(frames, key, seconds):
+        given.append(frames)
+        raise errors.UserError("that is enough")
+
+    pane = frames._replace(alpha=frames.alpha // 4 * 3)
+    with pytest.raises(errors.UserError, match="that is enough"):
+        meshing.reconstruct(ARGS, pane, stop, 0, {})
+    inner = views.opaque(pane.images, pane.alpha)[1]
+    assert (pane.alpha.max(), given[0].alpha.max()) == (189, 255)
+    np.testing.assert_array_equal(given[0].alpha, inner)
+
+
+def test_on_a_gpu_colours_are_fitted_by_lpips_in_float32(frames, monkeypatch):
+    """In bfloat16 its gradient is mostly rounding."""
+    told = {}
+
+    def stop(*_, **given):
+        told.update(given)
+        raise errors.UserError("that is enough")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(splatting, "load_lpips", lambda *_: "weights")
+    monkeypatch.setattr(meshing.bake, "bake", stop)
+    sphere = trimesh.creation.icosphere(1, 0.5)
+    surface = topology.Triangles(np.float32(sphere.vertices), np.int32(sphere.faces))
+    given = (surface, None, frames, np.arange(painted.VIEWS), jax.random.key(0), {})
+    with pytest.raises(errors.UserError, match="that is enough"):
+        meshing._colored(texture.TextureConfig(), *given)
+    widths = (3, *13 * (4,))
+    pairs = itertools.pairwise(widths)
+    convs = [lpips.Conv(jnp.zeros((3, 3, i, o)), jnp.zeros(o)) for i, o in pairs]
+    params = lpips.LPIPSParams(tuple(convs), 5 * (jnp.zeros(4),))
+    made = jax.eval_shape(told["perceptual"].features, params, jnp.zeros((1, 32, 32, 3)))
+    assert {leaf.dtype for leaf in made} == {jnp.dtype(jnp.float32)}
+    assert told["params"] == "weights"
 
 
 def test_report_and_renders(made, frames):

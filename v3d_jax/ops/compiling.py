@@ -2,6 +2,6 @@
 
 # XLA tries its own Triton kernels beside cuBLAS and cuDNN for every matrix product and convolution,
 # compiling dozens of each. On an H200 that took 12 seconds for SSIM and minutes for LPIPS, and the
-# steps became no faster (benchmarks/compile_fits.py); V3D's UNet took 43 seconds with it and 16
+# steps became no faster (benchmarks/compile_fits.py); V3D's UNet took 43 seconds with it and 22
 # without, for a step of the same 107 ms. Other back ends do not read it.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
