@@ -1,7 +1,9 @@
 """Puts a trained model into the package, with large kernels as int8.
 
     python launch/package_model.py runs/mini/model v3d_jax/assets/mini
+    python launch/package_model.py runs/scene_mini/model v3d_jax/assets/scene_mini --base ../mini
 
+What the model of `--base` holds already is left out.
 Keeps README.md, the model's card, where the target has one. Prints the size of the weights.
 """
 
@@ -23,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument("--base", help="a model's folder, as a path from TARGET")
     arguments = parser.parse_args()
     model = folder.load(arguments.model)
     training = model.metadata.get("training", {})
@@ -36,6 +39,7 @@ def main() -> None:
         nnx.to_pure_dict(model.params),
         quantize=True,
         metadata={**model.metadata, "training": kept},
+        base=arguments.base,
     )
     if text is not None:
         card.write_text(text, encoding="utf-8")

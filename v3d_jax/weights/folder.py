@@ -3,7 +3,8 @@
 A tensor's name is its dotted path in `nnx.split(Generator(config))[1]`, such as
 `unet.time_embed.0.kernel`. A quantised kernel is an int8 tensor of that name beside float32 scales
 per output channel named `<name>.scale`. Weights above 2 GB are cut into several files. Nothing
-in the folder is a pickle.
+in the folder is a pickle. A model that shares weights with another may leave them out: its
+`config.json` then names the other's folder as its "base", relative to its own.
 """
 
 import dataclasses
@@ -66,18 +67,23 @@ def save(
     clip: quantization.Clip = "mse",
     dtype: FloatName = "float32",
     metadata: dict[str, Any] | None = None,
+    base: str | None = None,
 ) -> None:
     """Writes a model folder aside and renames it into place, replacing a model folder there.
 
     `params` is the generator's nnx State, or the same tree as plain dicts. With `quantize` large
     kernels become int8 (see `weights.quantize`) and the rest float16; otherwise every tensor is
-    kept as `dtype`. `metadata` (JSON) is provenance. Raises `UserError` if `params` do not fit
+    kept as `dtype`. `metadata` (JSON) is provenance. What the model folder `base` (a path from
+    `folder`) holds to the bit is left out. Raises `UserError` if `params` do not fit
     `generator_config`, hold NaN, `folder` exists and is something else, or the disk is full.
     """
     tensors = flatten(params)
     _check_names(flatten(abstract_params(generator_config)), _shapes(tensors), "these weights")
+    if base is not None:
+        shared = _base(Path(folder), base)
+        tensors = {name: x for name, x in tensors.items() if not _equal(x, shared.get(name))}
     stored = _quantised(tensors, clip) if quantize else tensor_files.cast(tensors, dtype)
-    _store(folder, Unread(generator_config, sampling_config, stored, metadata or {}))
+    _store(folder, Unread(generator_config, sampling_config, stored, metadata or {}), base=base)
 
 
 def write(
@@ -91,7 +97,10 @@ def write(
 
 
 def _store(
-    folder: str | os.PathLike, model: Unread, progress: tensor_files.Progress | None = None
+    folder: str | os.PathLike,
+    model: Unread,
+    progress: tensor_files.Progress | None = None,
+    base: str | None = None,
 ) -> None:
     target = Path(folder).resolve()
     if target.exists() and not _is_replaceable(target):
@@ -102,6 +111,7 @@ def _store(
         "generator": settings.to_json(model.generator),
         "sampling": settings.to_json(model.sampling),
         "metadata": model.metadata,
+        **({} if base is None else {"base": base}),
     }
     aside = tensor_files.aside(target)
     aside.mkdir(parents=True)
@@ -137,6 +147,8 @@ def open_folder(folder: str | os.PathLike) -> Unread:
         sampler.SamplingConfig, config["sampling"], f"{where}: sampling"
     )
     tensors = _decode(_open_tensors(folder), folder)
+    if (base := config.get("base")) is not None:
+        tensors = {**_base(folder, base), **tensors}
     _check_names(flatten(abstract_params(generator_config)), _shapes(tensors), str(folder))
     return Unread(generator_config, sampling_config, tensors, config.get("metadata", {}))
 
@@ -209,6 +221,24 @@ def flatten(params: Any) -> dict[str, Any]:
         keys = path[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else path
         named[jax.tree_util.keystr(keys, simple=True, separator=".")] = leaf
     return named
+
+
+def _base(folder: Path, base: Any) -> dict[str, Lazy]:
+    """The tensors of the model that another one in `folder` shares weights with."""
+    where = f"{folder / CONFIG}: base"
+    if not isinstance(base, str) or not base:
+        raise errors.UserError(f"{where} is {base!r}: the path of a model folder is needed")
+    # Not resolved against the disk: the folder of a model to be saved need not be there.
+    path = Path(os.path.normpath(folder / base))
+    if read_config(path).get("base") is not None:
+        raise errors.UserError(f"{where}: {path} has a base itself: name a whole model")
+    return _decode(_open_tensors(path), path)
+
+
+def _equal(leaf: Any, other: Lazy | None) -> bool:
+    if other is None or tuple(other.shape) != tuple(leaf.shape):
+        return False
+    return np.array_equal(np.asarray(leaf, np.float32), np.asarray(other).astype(np.float32))
 
 
 def _quantised(tensors: dict[str, Any], clip: quantization.Clip) -> dict[str, Any]:
