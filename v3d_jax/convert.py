@@ -90,7 +90,8 @@ def _open(args: ConvertArgs) -> folder.Unread:
 def _told(model: folder.Unread) -> str:
     counts = dict.fromkeys(published.FOLDERS, 0)
     for name, tensor in model.tensors.items():
-        counts[name.partition(".")[0]] += math.prod(tensor.shape)
+        network = name.partition(".")[0]
+        counts[network] = counts.get(network, 0) + math.prod(tensor.shape)
     config = model.generator
     height, width = config.frame_size
     parts = ", ".join(f"{network} {count:,}" for network, count in counts.items())

@@ -12,7 +12,8 @@ model's (scaled, of about unit variance). `params` is the tree that `nnx.split` 
     orbit = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     frames = orbit(pipeline.Settings(generator_config, sampling_config), params, image, key)
 
-`image_to_splats` goes on to the Gaussians in the same program.
+`image_to_splats` goes on to the Gaussians in the same program. A scene model makes frames along any
+path from posed views: `views_to_frames`.
 """
 
 import functools
@@ -31,7 +32,7 @@ from v3d_jax import console, errors
 from v3d_jax.data import preprocess
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion.guidance import Condition
-from v3d_jax.nn import chunked_decoder, conditioner, generator, lpips
+from v3d_jax.nn import chunked_decoder, conditioner, generator, lpips, pixelnerf
 from v3d_jax.ops import camera, compiling
 from v3d_jax.ops import image as images
 from v3d_jax.parallel import sampling as parallel
@@ -129,8 +130,10 @@ def generate_orbit(
 
     A path or a Pillow image is cut out and centred first (`data.preprocess`); an array is taken as
     `image_to_orbit` takes it. The first call compiles. Raises `UserError` for a picture that
-    cannot be used and for an array of another size than the model's frames.
+    cannot be used, for an array of another size than the model's frames, and for a scene model.
     """
+    if model.settings.generator.pixelnerf is not None:
+        raise errors.UserError("this is a scene model, which wants views: use views_to_frames")
     height, width = model.settings.generator.frame_size
     if isinstance(image, str | os.PathLike | Image.Image):
         if height != width:
@@ -161,6 +164,24 @@ def encode_condition(
     return Condition(context, latent, vector(settings, image.shape[0]))
 
 
+def scene_condition(
+    settings: Settings,
+    params: Any,
+    views: pixelnerf.Views,
+    targets: camera.Camera,
+    key: Key[Array, ""],
+) -> Condition:
+    """What a scene model is conditioned on: its first source view, and features of the targets.
+
+    `targets` [b, t] are the cameras of the frames, the first of them that of the first view. They
+    and the views' are normalised, as those of `data.clips.Clip`.
+    """
+    condition = encode_condition(settings, params, images.from_network(views.images[:, 0]), key)
+    size = settings.generator.latent_shape[1:3]
+    rendering = networks(settings, params).pixelnerf(views, targets, size)
+    return condition._replace(features=rendering.features)
+
+
 def picture_latent(
     settings: Settings,
     network: generator.Generator,
@@ -182,9 +203,13 @@ def picture_latent(
 
 
 def vector(settings: Settings, clips: int) -> Float[Array, "{clips} t a"]:
-    """The scalars of every frame as sinusoids, by the names that the model's settings list."""
+    """The scalars of every frame as sinusoids, by the names that the model's settings list.
+
+    A scene's cameras go round nothing: their azimuth is 0, and the features tell where they are.
+    """
     frames = settings.generator.num_frames
-    azimuth = jnp.arange(frames, dtype=jnp.float32) * (360.0 / frames)
+    turn = 0.0 if settings.generator.pixelnerf is not None else 360.0
+    azimuth = jnp.arange(frames, dtype=jnp.float32) * (turn / frames)
     values = {}
     for name in settings.generator.conditioner.scalars:
         value = azimuth if name == "azimuth" else getattr(settings.conditioning, name)
@@ -292,6 +317,20 @@ def image_to_orbit(
     condition = encode_condition(settings, params, image[None], condition_key)
     latents = sample_latents(settings, params, condition, noise_key)
     return decode(settings, params, latents)[0]
+
+
+def views_to_frames(
+    settings: Settings,
+    params: Any,
+    views: pixelnerf.Views,
+    targets: camera.Camera,
+    key: Key[Array, ""],
+) -> Float[Array, "b t h w 3"]:
+    """Frames of scenes from the cameras `targets`, of which `scene_condition` says more."""
+    condition_key, noise_key = split_key(key)
+    condition = scene_condition(settings, params, views, targets, condition_key)
+    latents = sample_latents(settings, params, condition, noise_key)
+    return decode(settings, params, latents)
 
 
 def split_key(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:

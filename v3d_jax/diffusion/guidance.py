@@ -1,7 +1,8 @@
 """What the denoiser is conditioned on, and classifier-free guidance with a scale a frame.
 
 The network behind these functions is called as `network(x, c_noise, context, vector)`: `x`
-[b, t, h, w, 2c] is the scaled noisy latent with the picture's latent behind it, `c_noise` [b, t],
+[b, t, h, w, 2c] is the scaled noisy latent with the picture's latent behind it (and in scene
+models, behind both, the features of the frames' cameras: 2c + f channels), `c_noise` [b, t],
 `context` [b, 1, n, d] the tokens shared by all frames (or what the network made of them, a tuple
 of arrays), `vector` [b, t, a].
 """
@@ -32,16 +33,21 @@ DenoiseFn = Callable[[Float[Array, "b t h w c"], Float[Array, ""]], Float[Array,
 class Condition(NamedTuple):
     """Conditioning of a batch of clips: image tokens, the picture's latent, scalars a frame.
 
-    In place of tokens stands whatever else the network takes as its context, as a tuple.
+    In place of tokens stands whatever else the network takes as its context, as a tuple. A scene
+    model has `features` of every frame besides, at the latents' resolution.
     """
 
     context: Float[Array, "b n d"] | tuple[Any, ...]
     latent: Float[Array, "b h w c"]
     vector: Float[Array, "b t a"]
+    features: Float[Array, "b t h w f"] | None = None
 
 
 def unconditional(condition: Condition) -> Condition:
-    """The other branch of guidance: tokens and latent zero, the vector kept."""
+    """The other branch of guidance: tokens and latent zero; vector and features, the cameras, kept.
+
+    Guidance is then towards the picture, and both branches see it from the same places.
+    """
     return condition._replace(
         context=jnp.zeros_like(condition.context), latent=jnp.zeros_like(condition.latent)
     )
@@ -77,14 +83,16 @@ def guide(
 def condition_network(network: ConditionalNetwork, condition: Condition) -> precondition.Network:
     """The network with its conditioning closed over.
 
-    The latent is repeated for every frame and concatenated behind the noisy one, unscaled.
+    The latent is repeated for every frame and concatenated behind the noisy one, unscaled; behind
+    it the features, if there are some.
     """
 
     def conditioned(
         x: Float[Array, "b t h w c"], c_noise: Float[Array, "b t"]
     ) -> Float[Array, "b t h w c"]:
         latent = jnp.broadcast_to(condition.latent[:, None], (*x.shape[:-1], _channels(condition)))
-        x = jnp.concatenate([x, latent.astype(x.dtype)], axis=-1)
+        behind = [latent] if condition.features is None else [latent, condition.features]
+        x = jnp.concatenate([x, *(part.astype(x.dtype) for part in behind)], axis=-1)
         context = condition.context
         context = context if isinstance(context, tuple) else context[:, None]
         return network(x, c_noise, context, condition.vector)
@@ -102,8 +110,8 @@ def branches(condition: Condition, scale: Float[np.ndarray, " t"]) -> Branches:
     """Both branches; one where `scale` is 1 for every frame, as the unconditional one cancels."""
     if np.all(scale == 1.0):
         return Branches(condition)
-    pairs = zip(unconditional(condition), condition, strict=True)
-    return Branches(Condition(*(jnp.concatenate(pair) for pair in pairs)))
+    both = unconditional(condition), condition
+    return Branches(jax.tree.map(lambda *pair: jnp.concatenate(pair), *both))
 
 
 def denoiser(

@@ -20,7 +20,8 @@ class LossConfig:
     """ln sigma ~ N(p_mean, p_std^2), and how often a part of the conditioning is dropped.
 
     The defaults are V3D's, except that all frames of a clip share one noise level as they do when
-    sampling; the release draws one a frame (`per_frame_sigma`).
+    sampling; the release draws one a frame (`per_frame_sigma`). Features, which scene models have,
+    are dropped a frame at a time.
     """
 
     p_mean: float = 1.5
@@ -28,6 +29,7 @@ class LossConfig:
     per_frame_sigma: bool = False
     drop_context: float = 0.2
     drop_latent: float = 0.2
+    drop_features: float = 0.0
 
 
 class LossMetrics(NamedTuple):
@@ -48,14 +50,24 @@ def draw_sigma(
 
 
 def drop_condition(key: Key[Array, ""], condition: Condition, config: LossConfig) -> Condition:
-    """Zeroes tokens and latent, independently and a clip at a time; the vector stays."""
+    """Zeroes tokens and latent, independently and a clip at a time, and frames' features.
+
+    The vector stays.
+    """
     context_key, latent_key = jax.random.split(key)
+    features = condition.features
+    if features is not None:
+        kept = 1 - config.drop_features
+        shape = (*features.shape[:2], 1, 1, 1)
+        keep = jax.random.bernoulli(jax.random.fold_in(key, 1), kept, shape)
+        features = jnp.where(keep, features, 0)
     clips = condition.context.shape[0]
     keep_context = jax.random.bernoulli(context_key, 1 - config.drop_context, (clips, 1, 1))
     keep_latent = jax.random.bernoulli(latent_key, 1 - config.drop_latent, (clips, 1, 1, 1))
     return condition._replace(
         context=jnp.where(keep_context, condition.context, 0),
         latent=jnp.where(keep_latent, condition.latent, 0),
+        features=features,
     )
 
 

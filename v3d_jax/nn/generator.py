@@ -1,7 +1,10 @@
 """The whole image-to-orbit model: UNet, autoencoder and image tower with their settings.
 
+A scene model has a PixelNeRF besides, which tells its UNet where the cameras are.
+
 The presets are constants: `SVD_XT` and `V3D_512` are the published models, `MINI` is small enough
-to train on one device and to ship with the package in int8.
+to train on one device and to ship with the package in int8. `SCENE_512` and `SCENE_MINI` are the
+latter two as scene models.
 """
 
 import dataclasses
@@ -18,15 +21,18 @@ from flax import nnx
 from v3d_jax.nn.autoencoder import Autoencoder, AutoencoderConfig
 from v3d_jax.nn.clip import VisionConfig, VisionTransformer
 from v3d_jax.nn.conditioner import ConditionerConfig
+from v3d_jax.nn.pixelnerf import PixelNeRF, PixelNeRFConfig
+from v3d_jax.nn.resunet import ResUNetConfig
 from v3d_jax.nn.unet import UNetConfig, VideoUNet
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Sizes of the three networks, the conditioning scalars, and the clips they are for.
+    """Sizes of the networks, the conditioning scalars, and the clips they are for.
 
-    `image_size` is a side in pixels, or (height, width). Sizes that cannot fit together raise a
-    ValueError.
+    `image_size` is a side in pixels, or (height, width). With `pixelnerf` it is a scene model,
+    whose UNet takes the PixelNeRF's features as its last channels. Sizes that cannot fit together
+    raise a ValueError.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -35,11 +41,13 @@ class GeneratorConfig:
     conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
     num_frames: int = 18
     image_size: int | tuple[int, int] = 512
+    pixelnerf: PixelNeRFConfig | None = None
 
     def __post_init__(self):
         latent = self.autoencoder.latent_channels
+        features = 0 if self.pixelnerf is None else self.pixelnerf.features
         pairs = (
-            ("unet.in_channels", self.unet.in_channels, 2 * latent),
+            ("unet.in_channels", self.unet.in_channels, 2 * latent + features),
             ("unet.out_channels", self.unet.out_channels, latent),
             ("unet.context_dim", self.unet.context_dim, self.vision.output_dim),
             ("unet.vector_dim", self.unet.vector_dim, self.conditioner.vector_dim),
@@ -63,6 +71,13 @@ class GeneratorConfig:
         """Frames, height, width and channels of one clip's latents."""
         height, width = (side // self.autoencoder.factor for side in self.frame_size)
         return (self.num_frames, height, width, self.autoencoder.latent_channels)
+
+
+def scene(config: GeneratorConfig, pixelnerf: PixelNeRFConfig) -> GeneratorConfig:
+    """An object model's settings as those of a scene model, whose UNet is wider at its input."""
+    channels = 2 * config.autoencoder.latent_channels + pixelnerf.features
+    unet = dataclasses.replace(config.unet, in_channels=channels)
+    return dataclasses.replace(config, unet=unet, pixelnerf=pixelnerf)
 
 
 SVD_XT = GeneratorConfig(num_frames=25, image_size=(576, 1024))
@@ -97,6 +112,21 @@ MINI = GeneratorConfig(
     num_frames=18,
     image_size=256,
 )
+# Rooms reach beyond any cube around the path, so samples are spread in disparity.
+SCENE_512 = scene(V3D_512, PixelNeRFConfig(sampling="disparity"))
+SCENE_MINI = scene(
+    MINI,
+    PixelNeRFConfig(
+        encoder=ResUNetConfig(channels=32, blocks=(2, 2, 2)),
+        sampling="disparity",
+        samples=48,
+        near=0.25,
+        far=50.0,
+        deviation=True,
+        hidden=64,
+        features=32,
+    ),
+)
 
 
 class Generator(nnx.Module):
@@ -107,6 +137,8 @@ class Generator(nnx.Module):
         self.unet = VideoUNet(config.unet, dtype=dtype, rngs=rngs)
         self.autoencoder = Autoencoder(config.autoencoder, dtype=dtype, rngs=rngs)
         self.vision = VisionTransformer(config.vision, dtype=dtype, rngs=rngs)
+        if config.pixelnerf is not None:
+            self.pixelnerf = PixelNeRF(config.pixelnerf, dtype=dtype, rngs=rngs)
 
 
 def abstract(config: GeneratorConfig, *, dtype: Any = jnp.float32) -> Generator:

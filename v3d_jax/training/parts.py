@@ -13,25 +13,36 @@ import jax
 from flax import nnx
 
 from v3d_jax import errors
-from v3d_jax.nn import autoencoder, clip, generator, unet
+from v3d_jax.nn import autoencoder, clip, generator, pixelnerf, unet
 from v3d_jax.state import Params
 from v3d_jax.weights import folder
 
-Part = Literal["unet", "vision", "decoder"]
+Part = Literal["unet", "vision", "decoder", "pixelnerf"]
 PARTS: tuple[Part, ...] = ("unet", "vision")
+SCENE_PARTS: tuple[Part, ...] = (*PARTS, "pixelnerf")
+
+
+def of(model: generator.GeneratorConfig) -> tuple[Part, ...]:
+    """The networks of a model that a run either trains or takes from another model."""
+    return PARTS if model.pixelnerf is None else SCENE_PARTS
 
 
 def check(
-    parts: tuple[Part, ...], train_only: tuple[str, ...], perceptual: bool, init_from: str | None
+    parts: tuple[Part, ...],
+    train_only: tuple[str, ...],
+    perceptual: bool,
+    init_from: str | None,
+    of_model: tuple[Part, ...] = PARTS,
 ) -> None:
     """Raises `UserError` unless `parts` can learn in a run that begins with `init_from`."""
-    if not parts or len(set(parts)) != len(parts):
-        raise errors.UserError("--parts: name unet, vision or decoder, each once")
+    if not parts or len(set(parts)) != len(parts) or set(parts) - {*of_model, "decoder"}:
+        named = ", ".join(of_model)
+        raise errors.UserError(f"--parts: name {named} or decoder, each once")
     if "decoder" in parts and not perceptual:
         raise errors.UserError(
             "--parts decoder learns from decoded frames: set --perceptual.weight"
         )
-    left = [name for name in PARTS if name not in parts]
+    left = [name for name in of_model if name not in parts]
     if left and init_from is None:
         raise errors.UserError(
             f"--parts leaves out {' and '.join(left)}: name a model that has it in --run.init-from"
@@ -52,14 +63,25 @@ def random(
         "unet": lambda: unet.VideoUNet(model.unet, **settings),
         "vision": lambda: clip.VisionTransformer(model.vision, **settings),
         "decoder": lambda: autoencoder.Autoencoder(model.autoencoder, **settings).decoder,
+        "pixelnerf": lambda: pixelnerf.PixelNeRF(model.pixelnerf, **settings),
     }
     return {name: nnx.to_pure_dict(nnx.state(makers[name]())) for name in names}
 
 
-def load(path: Path, names: tuple[Part, ...]) -> Params:
-    """The named networks of an exported model."""
-    found = nnx.to_pure_dict(folder.load(path).params)
+def load(
+    path: Path, names: tuple[Part, ...], model: generator.GeneratorConfig | None = None
+) -> Params:
+    """The named networks of an exported model.
+
+    Where `model` is a scene model and the exported one is not, the UNet is widened by channels that
+    it ignores so far, and the PixelNeRF is new, the same at every call.
+    """
+    opened = folder.load(path)
+    found = nnx.to_pure_dict(opened.params)
     found["decoder"] = found["autoencoder"]["decoder"]
+    if model is not None and model.pixelnerf is not None and opened.generator.pixelnerf is None:
+        found["unet"] = unet.widen(found["unet"], model.unet.in_channels)
+        found |= random(model, "float32", jax.random.key(0), ("pixelnerf",))
     return {name: found[name] for name in names}
 
 

@@ -141,6 +141,7 @@ def _header(model: folder.Unread) -> dict[str, str]:
 def _check(config: GeneratorConfig, tool: str) -> None:
     """Refuses settings that are constants in the tools' code."""
     wanted = {
+        "pixelnerf": (config.pixelnerf, None),
         "unet.groups": (config.unet.groups, GROUPS),
         "autoencoder.groups": (config.autoencoder.groups, GROUPS),
         "autoencoder.frames_alone": (config.autoencoder.frames_alone, False),
