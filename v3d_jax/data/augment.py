@@ -153,7 +153,7 @@ def paint(mesh: surface.Mesh, donor: surface.Mesh, rng: np.random.Generator) -> 
         return mesh
     chosen, pixels = rng.choice(plain), donor.atlas[rng.choice(spare)]
     size = max(mesh.atlas.shape[-2] if len(mesh.atlas) else 0, pixels.shape[0])
-    mesh = _grown(mesh, size)
+    mesh = surface.grown(mesh, size)
     texture, base, uv = (np.array(x) for x in (mesh.texture, mesh.base_color, mesh.uv))
     texture[chosen], base[chosen, :3] = len(mesh.atlas), 1.0
     faces = mesh.material == chosen
@@ -214,14 +214,14 @@ def twist(mesh: surface.Mesh, angle: float) -> surface.Mesh:
     rate = np.deg2rad(angle)
 
     def jacobian(points: np.ndarray) -> np.ndarray:
-        turn = _about_z(rate * points[:, 2])
+        turn = about_z(rate * points[:, 2])
         # d(R(rate z) p)/dz adds rate times the moved point's tangent to the last column.
         moved = np.einsum("nij,nj->ni", turn, points)
         turn[:, 0, 2] = -rate * moved[:, 1]
         turn[:, 1, 2] = rate * moved[:, 0]
         return turn
 
-    return deform(mesh, lambda p: np.einsum("nij,nj->ni", _about_z(rate * p[:, 2]), p), jacobian)
+    return deform(mesh, lambda p: np.einsum("nij,nj->ni", about_z(rate * p[:, 2]), p), jacobian)
 
 
 def bend(mesh: surface.Mesh, amount: float, azimuth: float) -> surface.Mesh:
@@ -238,51 +238,29 @@ def bend(mesh: surface.Mesh, amount: float, azimuth: float) -> surface.Mesh:
 
 def join(meshes: Sequence[surface.Mesh], rng: np.random.Generator) -> surface.Mesh:
     """Sets meshes beside each other on one floor, each turned and sized at random, as one mesh."""
-    size = max(
-        [m.atlas.shape[-2] for m in meshes if len(m.atlas)], default=surface.TEXTURE_SIZES[0]
-    )
-    meshes = [_grown(mesh, size) for mesh in meshes]
     placed = [_placed(mesh, rng) for mesh in meshes]
     heading = rng.uniform(0.0, 2.0 * np.pi)
     direction = np.asarray([np.cos(heading), np.sin(heading), 0.0])
-    end, points = 0.0, []
-    for vertices, _ in placed:
+    end, beside = 0.0, []
+    for mesh, (vertices, normals) in zip(meshes, placed, strict=True):
         along = vertices @ direction
-        points.append(vertices + (end - along.min()) * direction)
+        moved = vertices + (end - along.min()) * direction
+        beside.append(mesh._replace(vertices=moved, normals=normals))
         end += np.ptp(along) + 0.05
-    corners, materials, textures = (
-        np.cumsum([0, *(len(field) for field in fields)])
-        for fields in (
-            [m.vertices for m in meshes],
-            [m.base_color for m in meshes],
-            [m.atlas for m in meshes],
-        )
-    )
-    rows = list(zip(meshes, corners, materials, textures, strict=False))
-    return surface.Mesh(
-        vertices=parts.centred(np.concatenate(points)),
-        faces=np.concatenate([m.faces + v for m, v, _, _ in rows]).astype(np.int32),
-        normals=np.concatenate([normals for _, normals in placed]).astype(np.float32),
-        uv=np.concatenate([m.uv for m in meshes]),
-        material=np.concatenate([m.material + k for m, _, k, _ in rows]).astype(np.int32),
-        base_color=np.concatenate([m.base_color for m in meshes]),
-        texture=np.concatenate(
-            [np.where(m.texture < 0, -1, m.texture + t) for m, _, _, t in rows]
-        ).astype(np.int32),
-        alpha_cutoff=np.concatenate([m.alpha_cutoff for m in meshes]),
-        atlas=np.concatenate([m.atlas for m in meshes]),
-    )
+    vertices = parts.centred(np.concatenate([mesh.vertices for mesh in beside]))
+    return surface.merged(beside)._replace(vertices=vertices)
 
 
 def _placed(mesh: surface.Mesh, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Vertices and normals turned about z by any angle, of random size, standing on z = 0."""
-    turn = _about_z(rng.uniform(0.0, 2.0 * np.pi, 1))[0]
+    turn = about_z(rng.uniform(0.0, 2.0 * np.pi, 1))[0]
     vertices = rng.uniform(0.6, 1.0) * (mesh.vertices @ turn.T)
     vertices[:, 2] -= vertices[:, 2].min()
     return vertices, mesh.normals @ turn.T
 
 
-def _about_z(angle: np.ndarray) -> np.ndarray:
+def about_z(angle: np.ndarray) -> np.ndarray:
+    """Rotations [*n,3,3] about z by angles in radians."""
     cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros_like(angle)
     rows = [[cos, -sin, zero], [sin, cos, zero], [zero, zero, zero + 1.0]]
     return np.moveaxis(np.asarray(rows), -1, 0)
@@ -291,11 +269,3 @@ def _about_z(angle: np.ndarray) -> np.ndarray:
 def opaque_textures(mesh: surface.Mesh) -> np.ndarray:
     """Rows of the atlas without any transparency."""
     return np.flatnonzero(mesh.atlas[..., 3].min(axis=(1, 2)) == 255)
-
-
-def _grown(mesh: surface.Mesh, size: int) -> surface.Mesh:
-    """The mesh with textures of `size` texels a side, by repeating texels."""
-    scale = max(1, size // mesh.atlas.shape[-2])
-    if not len(mesh.atlas):
-        return mesh._replace(atlas=np.zeros((0, size, size, 4), np.uint8))
-    return mesh._replace(atlas=mesh.atlas.repeat(scale, axis=1).repeat(scale, axis=2))

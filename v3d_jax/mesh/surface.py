@@ -68,6 +68,42 @@ def from_geometry(
     )
 
 
+def merged(meshes: Sequence[Mesh]) -> Mesh:
+    """Several meshes where they are, as one; textures grow to the largest by repeating texels."""
+    size = max([m.atlas.shape[-2] for m in meshes if len(m.atlas)], default=TEXTURE_SIZES[0])
+    meshes = [grown(mesh, size) for mesh in meshes]
+    corners, materials, textures = (
+        np.cumsum([0, *(len(field) for field in fields)])
+        for fields in (
+            [m.vertices for m in meshes],
+            [m.base_color for m in meshes],
+            [m.atlas for m in meshes],
+        )
+    )
+    rows = list(zip(meshes, corners, materials, textures, strict=False))
+    return Mesh(
+        vertices=np.concatenate([m.vertices for m in meshes]),
+        faces=np.concatenate([m.faces + v for m, v, _, _ in rows]).astype(np.int32),
+        normals=np.concatenate([m.normals for m in meshes]).astype(np.float32),
+        uv=np.concatenate([m.uv for m in meshes]),
+        material=np.concatenate([m.material + k for m, _, k, _ in rows]).astype(np.int32),
+        base_color=np.concatenate([m.base_color for m in meshes]),
+        texture=np.concatenate(
+            [np.where(m.texture < 0, -1, m.texture + t) for m, _, _, t in rows]
+        ).astype(np.int32),
+        alpha_cutoff=np.concatenate([m.alpha_cutoff for m in meshes]),
+        atlas=np.concatenate([m.atlas for m in meshes]),
+    )
+
+
+def grown(mesh: Mesh, size: int) -> Mesh:
+    """The mesh with textures of `size` texels a side, by repeating texels."""
+    scale = max(1, size // mesh.atlas.shape[-2])
+    if not len(mesh.atlas):
+        return mesh._replace(atlas=np.zeros((0, size, size, 4), np.uint8))
+    return mesh._replace(atlas=mesh.atlas.repeat(scale, axis=1).repeat(scale, axis=2))
+
+
 def has_alpha(mesh: Mesh) -> bool:
     """Whether any used material has holes or is see-through: it then needs the alpha test.
 
