@@ -1,9 +1,10 @@
 """Meshes to an orbit data set: `python -m v3d_jax.render MESHES... --out DIR`.
 
 MESHES are mesh files, folders that are searched for them, furniture catalogues (.sh3f) and packed
-collections. DIR becomes a TFDS data set for `v3d_jax.train`. Meshes that cannot be read or show
-nothing are named in DIR/skipped.csv and left out. When it was stopped, or killed, the same command
-goes on where it was. With `--latents MODEL` what a training of MODEL needs of the frames is
+collections. DIR becomes a TFDS data set for `v3d_jax.train`, of orbits around the meshes or, with
+`--scenes N`, of camera paths through N rooms that the meshes furnish. Meshes that cannot be read or
+show nothing are named in DIR/skipped.csv and left out. When it was stopped, or killed, the same
+command goes on where it was. With `--latents MODEL` what a training of MODEL needs of the frames is
 computed as well.
 """
 
@@ -20,7 +21,17 @@ import tyro
 from tqdm import tqdm
 
 from v3d_jax import errors
-from v3d_jax.data import finder, latents, objects, orbits, quality, reading, solids, turntable
+from v3d_jax.data import (
+    finder,
+    latents,
+    objects,
+    orbits,
+    quality,
+    reading,
+    rooms,
+    solids,
+    turntable,
+)
 from v3d_jax.training import cached
 
 
@@ -37,6 +48,8 @@ class RenderArgs:
     reading: Annotated[reading.ReadConfig, tyro.conf.arg(name="")]
     solids: int = 0
     """Procedural objects to render besides, with textures lent from the training meshes."""
+    scenes: int = 0
+    """Rooms furnished with the meshes to render, instead of the meshes; for configs/scene.py."""
     split: Literal["all", "train", "heldout"] = "all"
     """Which objects to render; each goes into the split of its own."""
     heldout: Path | None = None
@@ -61,11 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     with reading.Readers(args.reading, args.quality) as readers:
         lenders = [readers.guarded(entry) for entry in lenders]
         lenders += solids.entries(args.solids, lenders)
+        everything = rooms.entries(args.scenes, lenders) if args.scenes else lenders
         first, step = _part(args.part)
-        entries = [entry for entry in lenders if args.split in ("all", entry.split)][first::step]
+        entries = [entry for entry in everything if args.split in ("all", entry.split)][first::step]
         if not entries:
             raise errors.UserError(f"no object is in split {args.split!r} and part {args.part}")
-        made_from = _made_from(args, entries)
+        made_from = _made_from(args, [*entries, *(lenders if args.scenes else ())])
         if args.out.exists() and orbits.made_from(args.out) == made_from:
             print(f"{args.out} is complete already")
         else:
@@ -144,7 +158,9 @@ def _check(args: RenderArgs) -> None:
             raise errors.UserError(f"--{name.replace('_', '-')} must be at least {low}")
     if config.elevation_jitter >= 90:
         raise errors.UserError("--elevation-jitter must be below 90 degrees")
-    for name in ("workers", "solids"):
+    if args.scenes and config.variants > 1:
+        raise errors.UserError("--variants is for objects: ask for more --scenes instead")
+    for name in ("workers", "solids", "scenes"):
         if getattr(args, name) < 0:
             raise errors.UserError(f"--{name} must be at least 0")
     for name, number in dataclasses.asdict(args.reading).items():

@@ -14,6 +14,7 @@ import numpy as np
 from v3d_jax import errors
 from v3d_jax.data import catalogue, objects, pack
 from v3d_jax.mesh import surface
+from v3d_jax.ops.camera import Camera
 
 CATALOGUE = ".sh3f"
 # Meshes that stay in memory to lend textures and company; a few hundred kB each.
@@ -25,13 +26,15 @@ Lend = Callable[[np.random.Generator], surface.Mesh]
 class Entry(NamedTuple):
     """One object, not read yet; `load` raises `objects.UnreadableMesh`.
 
-    `file` is the mesh file or catalogue that a parser will read it from, in any process.
+    `file` is the mesh file or catalogue that a parser will read it from, in any process. A scene
+    has `cameras` of its own, so many of this width and height; an object is seen all around.
     """
 
     name: str
     split: str
     load: Callable[[], surface.Mesh]
     file: Path | None = None
+    cameras: Callable[[int, int], Camera] | None = None
 
 
 def find(paths: Sequence[Path], heldout: Iterable[str] | None = None) -> list[Entry]:
@@ -65,12 +68,12 @@ def find(paths: Sequence[Path], heldout: Iterable[str] | None = None) -> list[En
     return list(found.values())
 
 
-def lender(entries: Sequence[Entry]) -> Lend:
-    """A function that gives a random readable training mesh.
+def lender(entries: Sequence[Entry], split: str = "train") -> Lend:
+    """A function that gives a random readable mesh of a split.
 
     It raises `objects.UnreadableMesh` when it has found that none can be read.
     """
-    training = [entry for entry in entries if entry.split == "train"]
+    training = [entry for entry in entries if entry.split == split]
     load = functools.lru_cache(LENDABLE)(lambda place: training[place].load())
     unreadable: set[int] = set()
 

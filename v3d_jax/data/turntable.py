@@ -42,7 +42,8 @@ class TurntableConfig:
     """How objects are seen: V3D's cameras (radius 2, field of view 60 degrees) around each.
 
     Angles are in degrees. Held-out objects are always rendered plain: as they are, from azimuth 0
-    and elevation 0, under the standard lights.
+    and elevation 0, under the standard lights. Scenes bring their own cameras and count as seen
+    from azimuth 0 and elevation 0 throughout.
     """
 
     views: int = 36
@@ -199,17 +200,21 @@ def _scene(
             lights = jax.jit(shade.random_lights)(key)
     if variant:
         mesh = augment.augment(mesh, rng, lend)
-    camera = cameras.orbit(
-        config.views,
-        width=config.size,
-        height=config.size,
-        elevation=elevation,
-        start_azimuth=start,
-    )
+    azimuths = (start + 360.0 / config.views * np.arange(config.views)).astype(np.float32)
+    if entry.cameras is not None:
+        camera = entry.cameras(config.views, config.size)
+        elevation, azimuths = 0.0, np.zeros(config.views, np.float32)
+    else:
+        camera = cameras.orbit(
+            config.views,
+            width=config.size,
+            height=config.size,
+            elevation=elevation,
+            start_azimuth=start,
+        )
     alpha, mesh = surface.has_alpha(mesh), jax.device_put(_padded(mesh))
     views_per_pass = _views_per_pass(config.views, mesh.faces.shape[0])
     raster = rasterize.RasterConfig(config.size, config.size, config.supersample)
-    azimuths = (start + 360.0 / config.views * np.arange(config.views)).astype(np.float32)
     return _Scene(
         mesh,
         camera,
