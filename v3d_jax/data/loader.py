@@ -68,6 +68,21 @@ class PicturedClips(Clips, Protocol):
 
 
 @runtime_checkable
+class PathClips(Clips, Protocol):
+    """Clips along paths that do not close, of which more is random than where they begin."""
+
+    def path(self, num_frames: int, rng: np.random.Generator) -> Int[np.ndarray, " t"]:
+        """The frames of a clip."""
+        ...
+
+    def draw(
+        self, index: int, order: Int[np.ndarray, " t"], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """As `clip`, with all that is random drawn."""
+        ...
+
+
+@runtime_checkable
 class Batches(Protocol):
     """An endless iterator over dictionaries of arrays whose place can be saved and restored.
 
@@ -133,20 +148,21 @@ class JoinedClips:
 
     def clip(self, index: int, order: Int[np.ndarray, " t"]) -> dict[str, np.ndarray]:
         """The clip of the part that holds orbit `index`; its "index" counts over all parts."""
-        part, place = self._locate(index)
+        part, place = self.locate(index)
         return {**part.clip(place, order), "index": np.int32(index)}
 
     def pictures(self, index: int, views: Int[np.ndarray, " k"]) -> UInt8[np.ndarray, "k h w 3"]:
         """Views of orbit `index`, of parts that are `PicturedClips`."""
-        part, place = self._locate(index)
+        part, place = self.locate(index)
         return part.pictures(place, views)
 
     def name(self, index: int) -> str:
         """The object of orbit `index`."""
-        part, place = self._locate(index)
+        part, place = self.locate(index)
         return part.name(place)
 
-    def _locate(self, index: int) -> tuple[Clips, int]:
+    def locate(self, index: int) -> tuple[Clips, int]:
+        """The part that holds clip `index`, and its number there."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[number], int(index) - int(self._ends[number]) + len(self.parts[number])
 
@@ -166,7 +182,8 @@ def batches(
 ) -> Batches:
     """An endless stream of this host's part of every batch: clips `rank`, `rank + world`, ...
 
-    Every epoch is shuffled anew, and every clip starts where `random_start` has it start. With
+    Every epoch is shuffled anew, and every clip starts where `random_start` has it start;
+    `PathClips` choose their frames themselves. With
     `pictures`, so many random frames of each of the `PicturedClips` come as "pictures" uint8
     [b,k,h,w,3], and their places in the clip as "places" [b,k]. Raises ValueError if the batch
     cannot be divided among `world` hosts or the views among the frames, and if a clip has fewer
@@ -201,10 +218,14 @@ def batches(
 def _draw(
     index: int, rng: np.random.Generator, *, clips: Clips, config: LoaderConfig, pictures: int
 ) -> dict[str, np.ndarray]:
-    anywhere = int(rng.integers(clips.views))
-    start = anywhere if rng.random() < config.random_start else 0
-    order = turn(start, config.num_frames, clips.views)
-    clip = clips.clip(int(index), order)
+    if isinstance(clips, PathClips):
+        order = clips.path(config.num_frames, rng)
+        clip = clips.draw(int(index), order, rng)
+    else:
+        anywhere = int(rng.integers(clips.views))
+        start = anywhere if rng.random() < config.random_start else 0
+        order = turn(start, config.num_frames, clips.views)
+        clip = clips.clip(int(index), order)
     if pictures:
         places = rng.permutation(config.num_frames)[:pictures]
         clip["pictures"] = clips.pictures(int(index), order[places])
