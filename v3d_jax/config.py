@@ -1,6 +1,6 @@
 """A training run's settings: one dataclass an experiment, files that assign them, overrides.
 
-A file in `configs/` assigns `config` an instance of one of the two classes; every field can then
+A file in `configs/` assigns `config` an instance of one of the three classes; every field can then
 be overridden from the command line, as in `--optim.lr 1e-5`.
 """
 
@@ -17,15 +17,16 @@ from v3d_jax import errors
 from v3d_jax.diffusion.loss import LossConfig
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn.autoencoder import AutoencoderConfig
-from v3d_jax.nn.generator import MINI, GeneratorConfig
+from v3d_jax.nn.generator import MINI, SCENE_MINI, GeneratorConfig
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.parallel.multihost import MultihostConfig
 from v3d_jax.state import OptimConfig
-from v3d_jax.training import autoencoder, objective, video
+from v3d_jax.training import autoencoder, objective, parts, scene, video
 from v3d_jax.training.autoencoder import AutoencoderLossConfig
 from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.perceptual import PerceptualConfig
+from v3d_jax.training.scene import SceneConfig
 from v3d_jax.training.video import ConditionConfig
 from v3d_jax.weights import settings
 
@@ -97,6 +98,48 @@ class VideoTrainConfig:
 
 
 @dataclass(frozen=True)
+class SceneTrainConfig:
+    """Trains a scene model on latents of clips with known cameras.
+
+    As `VideoTrainConfig`; its `parts` have the PixelNeRF besides, and `run.init_from` may be a
+    model of objects, whose UNet then gets the channels for the features.
+    """
+
+    model: GeneratorConfig = SCENE_MINI
+    latents: CachedLatentsConfig = field(default_factory=CachedLatentsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    scene: SceneConfig = field(default_factory=SceneConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    multihost: MultihostConfig = field(default_factory=MultihostConfig)
+    parts: tuple[video.Part, ...] = parts.SCENE_PARTS
+    train_only: tuple[str, ...] = ()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights are float32
+
+    def objective(self) -> objective.Objective:
+        """Opens the data, and encodes it if that has not been done."""
+        return scene.build(
+            self.model,
+            self.loss,
+            self.perceptual,
+            self.condition,
+            self.scene,
+            self.sampling,
+            self.data,
+            self.latents,
+            jnp.dtype(self.dtype),
+            self.parts,
+            self.run.init_from,
+            self.train_only,
+        )
+
+
+@dataclass(frozen=True)
 class AutoencoderTrainConfig:
     """Trains the temporal autoencoder on clips of frames."""
 
@@ -116,7 +159,7 @@ class AutoencoderTrainConfig:
         return autoencoder.build(self.model, self.loss, self.data, jnp.dtype(self.dtype))
 
 
-TrainConfig = VideoTrainConfig | AutoencoderTrainConfig
+TrainConfig = VideoTrainConfig | SceneTrainConfig | AutoencoderTrainConfig
 
 
 def load(arguments: Sequence[str]) -> TrainConfig:
@@ -136,13 +179,21 @@ def load(arguments: Sequence[str]) -> TrainConfig:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:
         raise errors.UserError(f"{path} fails: {type(error).__name__}: {error}") from error
-    if not isinstance(config, VideoTrainConfig | AutoencoderTrainConfig):
+    if not isinstance(config, TrainConfig):
         raise errors.UserError(
-            f"{path} must assign `config` a VideoTrainConfig or an AutoencoderTrainConfig"
+            f"{path} must assign `config` a VideoTrainConfig, a SceneTrainConfig or an "
+            "AutoencoderTrainConfig"
         )
     program = f"python -m v3d_jax.train {path}"
     try:
-        return tyro.cli(type(config), default=config, args=list(arguments[1:]), prog=program)
+        return tyro.cli(
+            type(config),
+            default=config,
+            args=list(arguments[1:]),
+            prog=program,
+            # A scene model's settings have fields where an object model's have none.
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     except ValueError as error:
         raise errors.UserError(f"these settings do not fit together: {error}") from None
 

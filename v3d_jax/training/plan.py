@@ -64,7 +64,7 @@ def make(settings: config.TrainConfig, name: str) -> Plan:
     """
     wanted = topology.find(name)
     if not isinstance(settings, config.VideoTrainConfig):
-        raise errors.UserError("--plan is for video models: name a config of one")
+        raise errors.UserError("--plan is for video models of objects: name a config of one")
     return measure(settings, wanted, topology.devices(wanted))
 
 

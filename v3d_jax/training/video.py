@@ -7,6 +7,7 @@ sampling.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from v3d_jax import errors, pipeline
+from v3d_jax.data import latents as latent_caches
 from v3d_jax.data import loader
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion import loss as edm
@@ -54,6 +56,24 @@ class Frozen(NamedTuple):
     rest: Params  # of UNet and tower, what does not learn
 
 
+class Conditioned(NamedTuple):
+    """What conditions a batch, and what making it adds to the loss and to the metrics."""
+
+    condition: guidance.Condition
+    loss: Float[Array, ""] | float
+    metrics: Metrics
+
+
+Conditioner = Callable[[generator.Generator, Any, Key[Array, ""], ConditionConfig], Conditioned]
+
+
+class Kind(NamedTuple):
+    """What differs between models of objects and of scenes (`training.scene`)."""
+
+    clips: Callable[[Sequence[latent_caches.LatentCache]], loader.Clips]
+    condition: Conditioner
+
+
 def build(
     model: generator.GeneratorConfig,
     loss_config: edm.LossConfig,
@@ -66,6 +86,7 @@ def build(
     parts: tuple[Part, ...] = PARTS,
     init_from: str | None = None,
     train_only: tuple[str, ...] = (),
+    kind: Kind | None = None,
 ) -> objective.Objective:
     """The objective over the cached latents of orbit data sets; activations are `dtype`.
 
@@ -74,7 +95,9 @@ def build(
     `train_only`, if given; the others are those of `init_from`. Raises `UserError` where that
     cannot be.
     """
-    learning.check(parts, train_only, perceptual_config.weight > 0.0, init_from)
+    kind = OBJECTS if kind is None else kind
+    perceptually = perceptual_config.weight > 0.0
+    learning.check(parts, train_only, perceptually, init_from, learning.of(model))
     opened = cached.open_autoencoder(latents, dtype)
     # The perceptual term decodes frames alone, and so must whoever uses what learnt from it.
     alone = opened.config.frames_alone or "decoder" in parts
@@ -82,7 +105,7 @@ def build(
     settings = pipeline.Settings(model, sampling, activations=jnp.dtype(dtype).name)
 
     def load(path: Path) -> Params:
-        return learning.split(learning.load(path, parts), train_only)[0]
+        return learning.split(learning.load(path, parts, model), train_only)[0]
 
     def init(key: jax.Array) -> Params:
         others = tuple(name for name in parts if name != "decoder")
@@ -93,7 +116,8 @@ def build(
 
     rest = abstract_rest(model, dtype, parts, train_only)
     if rest:
-        found = learning.resting(learning.load(Path(init_from), tuple(rest)), parts, train_only)
+        found = learning.load(Path(init_from), tuple(rest), model)
+        found = learning.resting(found, parts, train_only)
         rest = objective.fit(found, rest, init_from)
 
     sources, heldout = objective.train_sources(data), objective.heldout_source(data)
@@ -101,8 +125,8 @@ def build(
     caches = [opened.latents(source) for source in (*sources, *shown)]
     if keeps_tokens(model, latents, parts):
         caches = cached.add_tokens(caches, model.vision, rest["vision"], latents, dtype)
-    clips = loader.JoinedClips(caches[: len(sources)])
-    heldout_clips = caches[-1] if shown else None
+    clips = kind.clips(caches[: len(sources)])
+    heldout_clips = kind.clips(caches[-1:]) if shown else None
     preview_batch, held = objective.preview_batch(data, clips, heldout_clips)
 
     networks = perceptual.load(perceptual_config, model.frame_size)
@@ -115,7 +139,7 @@ def build(
 
     def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
         merged = pipeline.networks(settings, whole(params, frozen))
-        condition = make_condition(merged, batch, key, condition_config)
+        condition = kind.condition(merged, batch, key, condition_config).condition
         images, psnr = samples(settings, whole(params, frozen), batch, condition, key)
         clips = batch["latents"].astype(jnp.float32)
         losses = fixed_noise_loss(merged, clips, condition, key, loss_config)
@@ -128,7 +152,9 @@ def build(
     return objective.Objective(
         init=init,
         load=load,
-        loss=make_loss(settings, loss_config, perceptual_config, condition_config, parts),
+        loss=make_loss(
+            settings, loss_config, perceptual_config, condition_config, parts, kind.condition
+        ),
         frozen=frozen,
         clips=clips,
         preview=preview,
@@ -152,6 +178,7 @@ def make_loss(
     perceptual_config: PerceptualConfig,
     condition_config: ConditionConfig,
     parts: tuple[Part, ...],
+    conditioner: Conditioner | None = None,
 ) -> Loss:
     """`video_loss` as a function of what learns, what is `Frozen`, a batch and a key."""
 
@@ -169,6 +196,7 @@ def make_loss(
             condition_config,
             None if frozen.lpips is None else (frozen.lpips, perceptual_config),
             measure,
+            conditioner,
         )
 
     return loss
@@ -181,7 +209,10 @@ def abstract_rest(
     train_only: tuple[str, ...],
 ) -> Params:
     """Shapes of what does not learn of UNet and tower, and of a decoder that learns in part."""
-    names = (*(name for name in PARTS if name not in parts), *(parts if train_only else ()))
+    names = (
+        *(name for name in learning.of(model) if name not in parts),
+        *(parts if train_only else ()),
+    )
 
     def made(key: jax.Array) -> Params:
         return learning.resting(learning.random(model, dtype, key, names), parts, train_only)
@@ -204,15 +235,19 @@ def video_loss(
     condition_config: ConditionConfig,
     compare: tuple[perceptual.Networks, PerceptualConfig] | None = None,
     measure: generator.Generator | None = None,
+    conditioner: Conditioner | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower.
+
+    They reach what else `conditioner` runs, if it is not that of objects.
 
     With `compare`, distances of decoded denoised frames are added: from the batch's pictures, if it
     has them, or from decoded clean frames, the latter decoded by `measure`, if given. Gradients
     then reach the model's decoder as well.
     """
     loss_key, augment_key, frames_key = jax.random.split(key, 3)
-    condition = make_condition(model, batch, augment_key, condition_config)
+    made = (conditioner or object_condition)(model, batch, augment_key, condition_config)
+    condition = made.condition
     network = sharding.split_clips(model.unet)
     loss, seen = edm.edm_loss(network, batch["latents"], condition, loss_key, loss_config)
     # Whether a change helps shows first where there is much noise, or little.
@@ -220,7 +255,9 @@ def video_loss(
     found = {
         "loss_high": _mean_where(seen.clip_loss, noisy),
         "loss_low": _mean_where(seen.clip_loss, ~noisy),
+        **made.metrics,
     }
+    loss = loss + made.loss
     if compare is not None:
         networks, config = compare
         scale = model.config.autoencoder.scale_factor
@@ -285,6 +322,16 @@ def make_condition(
     return guidance.Condition(tokens, first, vector)
 
 
+def object_condition(
+    model: generator.Generator, batch: Any, key: Key[Array, ""], config: ConditionConfig
+) -> Conditioned:
+    """`make_condition`, with no loss of its own."""
+    return Conditioned(make_condition(model, batch, key, config), 0.0, {})
+
+
+OBJECTS = Kind(loader.JoinedClips, object_condition)
+
+
 def scalars(
     batch: Any, augment_level: Float[Array, " b"], config: ConditionConfig
 ) -> dict[str, Float[Array, "b t"]]:
@@ -337,7 +384,8 @@ def fixed_noise_loss(
     draws: int = 8,
 ) -> Float[Array, " b"]:
     """The loss of every clip with nothing dropped: comparable between steps for the same key."""
-    config = dataclasses.replace(config, drop_context=0.0, drop_latent=0.0)
+    nothing = {"drop_context": 0.0, "drop_latent": 0.0, "drop_features": 0.0}
+    config = dataclasses.replace(config, **nothing)
 
     def draw(key: Key[Array, ""]) -> Float[Array, " b"]:
         return edm.edm_loss(model.unet, clips, condition, key, config)[1].clip_loss

@@ -1,0 +1,70 @@
+"""The mini scene model: the mini with a PixelNeRF, on rooms furnished with its objects, 256 pixels.
+
+Command:  python -m v3d_jax.render MESHES... --out data/rooms --size 256 --views 36 --scenes 8000
+          --heldout v3d_jax/assets/heldout.txt
+          python -m v3d_jax.train configs/scene_mini.py --data.path data/rooms
+          python launch/package_model.py runs/scene_mini/model v3d_jax/assets/scene_mini
+          --base ../mini
+Hardware: written for one H100 or H200
+Hours:    not run
+Result:   not run
+
+The autoencoder, the image tower and the deepest level of the UNet's way up stay the mini's, so that
+the packaged model is what differs from it: 11.4 M weights of the UNet and 2.1 M of the PixelNeRF.
+"""
+
+from v3d_jax.config import RunConfig, SceneTrainConfig
+from v3d_jax.data.latents import CacheConfig
+from v3d_jax.data.loader import LoaderConfig
+from v3d_jax.data.posed import SourceConfig
+from v3d_jax.diffusion.loss import LossConfig
+from v3d_jax.diffusion.sampler import SamplingConfig
+from v3d_jax.nn.generator import SCENE_MINI
+from v3d_jax.state import OptimConfig
+from v3d_jax.training.cached import CachedLatentsConfig
+from v3d_jax.training.objective import DataConfig
+from v3d_jax.training.perceptual import PerceptualConfig
+from v3d_jax.training.scene import SceneConfig
+
+config = SceneTrainConfig(
+    model=SCENE_MINI,
+    latents=CachedLatentsConfig(
+        autoencoder="v3d_jax/assets/mini", cache=CacheConfig(image_size=128, threads=14)
+    ),
+    # Views leave less open than a single picture does, and all that they leave open is decided at
+    # high noise: few steps from there, with LPIPS as the mini learnt.
+    loss=LossConfig(p_mean=2.0, p_std=1.8, drop_context=0.1, drop_latent=0.1, drop_features=0.05),
+    perceptual=PerceptualConfig(weight=1.0, frames=1, shrink=1, nets=("vgg", "alex")),
+    scene=SceneConfig(sources=SourceConfig(min_sources=1, max_sources=4), rgb_weight=1.0),
+    sampling=SamplingConfig(
+        steps=8,
+        sampler="dpmpp_2m",
+        sigma_min=0.02,
+        sigma_max=80.0,
+        guidance_min=1.0,
+        guidance_max=1.0,
+    ),
+    data=DataConfig(loader=LoaderConfig(batch_size=32, num_frames=18, threads=14)),
+    optim=OptimConfig(
+        lr=4e-4, warmup=500, decay="linear", decay_start=0.1, weight_decay=0.01, ema=0.999
+    ),
+    run=RunConfig(
+        dir="runs/scene_mini",
+        init_from="v3d_jax/assets/mini",
+        steps=40_000,
+        log_every=50,
+        sample_every=5_000,
+        save_every=5_000,
+    ),
+    parts=("unet", "pixelnerf"),
+    train_only=(
+        "pixelnerf.*",
+        "unet.conv_*",
+        "unet.norm_out.*",
+        "unet.*_embed.*",
+        "unet.down.*",
+        "unet.mid*",
+        "unet.up.0.*",
+        "unet.up.1.*",
+    ),
+)
