@@ -10,7 +10,8 @@ Hours:    not run
 Result:   not run
 
 The autoencoder, the image tower and the deepest level of the UNet's way up stay the mini's, so that
-the packaged model is what differs from it: 11.4 M weights of the UNet and 2.1 M of the PixelNeRF.
+the packaged model is what differs from it: 11.8 M weights of the UNet and 0.9 M of the PixelNeRF,
+13.3 MB as int8.
 """
 
 from v3d_jax.config import RunConfig, SceneTrainConfig

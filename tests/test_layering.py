@@ -12,7 +12,10 @@ LAYERS = (
     ("parallel",),
     ("nn", "diffusion", "splat", "sdf", "mesh"),
     ("weights", "checkpoint", "data"),
-    ("pipeline", "config", "state", "training", "console", "splatting", "surfacing", "meshing"),
+    (
+        *("pipeline", "config", "state", "training", "console"),
+        *("splatting", "surfacing", "meshing", "scenes"),
+    ),
     ENTRY,
 )
 METHODS = LAYERS[2]

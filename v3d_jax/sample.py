@@ -1,8 +1,11 @@
 """Pictures to orbit videos and splats: `python -m v3d_jax.sample IMAGE... --out DIR`.
 
+Views of a place to new views of it: `python -m v3d_jax.sample --scene VIEWS --path orbit`.
+
 Every picture gets a folder DIR/<stem>/ with input.png, frames/, orbit.mp4, transforms.json,
 preview.png and report.json; with `--stages video,splats,mesh` also splats.ply, splats.mp4 and
-mesh.glb (docs/method.md). Without a picture the packaged example is used.
+mesh.glb (docs/method.md). Without a picture the packaged example is used. A scene gets the same
+files of its frames, with path.mp4 for orbit.mp4.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import numpy as np
 import tyro
 from jaxtyping import UInt8
 
-from v3d_jax import console, errors, meshing, pipeline, splatting, surfacing
+from v3d_jax import console, errors, meshing, pipeline, scenes, splatting, surfacing
 from v3d_jax.data import output, preprocess
 from v3d_jax.diffusion import sampler
 from v3d_jax.ops import camera, compiling
@@ -30,7 +33,7 @@ EXAMPLE = packaged.ASSETS / "example.png"
 
 @dataclasses.dataclass(frozen=True)
 class SampleArgs:
-    """Turns pictures of objects into orbit videos, 3D Gaussians and meshes."""
+    """Turns pictures of objects into orbit videos, 3D Gaussians and meshes, views into others."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Pictures, best with a transparent background; without any the packaged example."""
@@ -54,6 +57,9 @@ class SampleArgs:
     """Empty share of the frame around the object."""
     stages: str = "video"
     """What to make, separated by commas: video, and of it splats, mesh or both."""
+    tour: Annotated[scenes.SceneArgs, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=scenes.SceneArgs
+    )
     splats: Annotated[splatting.SplatArgs, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=splatting.SplatArgs
     )
@@ -89,12 +95,16 @@ def run(args: SampleArgs) -> list[Path]:
     All pictures are read and all folders checked before the first is generated. Raises `UserError`.
     """
     _check(args)
+    if args.tour.scene is not None:
+        return [_run_scene(args)]
     pictures = list(args.images) or [EXAMPLE]
     folders = output.plan(pictures, args.out)
     if args.cache:
         console.enable_cache()
     wanted, seconds = stages(args.stages), dict[str, float]()
     unread = packaged.open_model(args.model)
+    if unread.generator.pixelnerf is not None:
+        raise errors.UserError(f"{args.model} is a scene model: give it views by --scene")
     settings = configure(args, unread)
     pipeline.device_mesh(settings)
     height, width = settings.generator.frame_size
@@ -121,7 +131,7 @@ def run(args: SampleArgs) -> list[Path]:
                 mesh = meshing.reconstruct(args.mesh, posed, fit, args.seed, spent)
             except errors.UserError as error:
                 failure = error
-        report = describe(args, settings, picture, one, spent)
+        report = describe(args, settings, picture, one.notes, spent)
         written: dict[str, Any] = {}
         if splats is not None:
             report["splats"] = splats.report
@@ -140,6 +150,43 @@ def run(args: SampleArgs) -> list[Path]:
         if failure is not None:
             raise errors.UserError(f"{target} has no mesh: {failure}")
     return folders
+
+
+def _run_scene(args: SampleArgs) -> Path:
+    """Generates and writes the frames along a path through a scene; returns their folder."""
+    seconds = dict[str, float]()
+    scene = args.tour.scene.resolve()
+    (target,) = output.plan([scene], args.out)
+    if target.resolve() == scene or target.resolve() in scene.parents:
+        raise errors.UserError(f"--out {args.out} holds the views and would replace them")
+    unread = packaged.open_model(args.model)
+    if unread.generator.pixelnerf is None:
+        raise errors.UserError(
+            f"{args.model} is no scene model: name one by --model (configs/scene_mini.py trains it)"
+        )
+    if args.cache:
+        console.enable_cache()
+    settings = configure(args, unread)
+    pipeline.device_mesh(settings)
+    with console.timed(seconds, "prepare"):
+        prepared = scenes.prepare(args.tour, settings.generator)
+    for note in prepared.notes:
+        console.note(note)
+    with console.progress(seconds, "load", len(unread.tensors)) as bar:
+        params = pipeline.read_params(settings, unread, bar.update)
+    condition_key, noise_key = pipeline.split_key(jax.random.key(args.seed))
+    with console.progress(seconds, "encode", 1) as bar:
+        condition = _encode_scene(settings, params, prepared.views, prepared.targets, condition_key)
+        jax.block_until_ready(condition)
+        bar.update()
+    frames = draw(settings, params, condition, noise_key, seconds)
+    frames = frames[: len(prepared.cameras.width)]
+    report = describe(args, settings, scene, prepared.notes, seconds)
+    report |= scenes.describe(args.tour, prepared)
+    output.write(target, prepared.picture, frames, prepared.cameras, report, video="path.mp4")
+    generated = sum(seconds[stage] for stage in ("encode", "sample", "decode"))
+    print(f"{target}: {len(frames)} frames in {generated:.1f} s")
+    return target
 
 
 def stages(text: str) -> list[str]:
@@ -187,6 +234,17 @@ def generate(
         condition = _encode(settings, params, pixels, condition_key)
         jax.block_until_ready(condition)
         bar.update()
+    return draw(settings, params, condition, noise_key, seconds)
+
+
+def draw(
+    settings: pipeline.Settings,
+    params: Any,
+    condition: Any,
+    noise_key: Any,
+    seconds: dict[str, float],
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """Samples and decodes the frames of one condition; as `generate` in all else."""
     trajectory, levels = pipeline.begin(settings, 1, noise_key)
     with console.progress(seconds, "sample", len(levels) - 1) as bar:
         for step in range(len(levels) - 1):
@@ -207,6 +265,12 @@ def _encode(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
     return pipeline.branch(settings, params, condition)
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiling.OPTIONS)
+def _encode_scene(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
+    condition = pipeline.scene_condition(settings, params, *given)
+    return pipeline.branch(settings, params, condition)
+
+
 _advance = jax.jit(pipeline.advance, static_argnums=0, compiler_options=compiling.OPTIONS)
 _decode = jax.jit(pipeline.decode, static_argnums=0, compiler_options=compiling.OPTIONS)
 
@@ -215,13 +279,13 @@ def describe(
     args: SampleArgs,
     settings: pipeline.Settings,
     picture: Path,
-    prepared: preprocess.Prepared,
+    notes: tuple[str, ...],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The report: settings, versions, device, seconds a stage and peak memory in bytes."""
     return {
         "image": str(picture),
-        "notes": list(prepared.notes),
+        "notes": list(notes),
         "model": args.model,
         "seed": args.seed,
         "border": args.border,
@@ -244,6 +308,16 @@ def _check(args: SampleArgs) -> None:
     if "video" not in stages(args.stages):
         made = ",".join(stages(args.stages))
         raise errors.UserError(f"--stages: {made} needs the video: give video,{made}")
+    if args.tour.scene is not None:
+        scenes.check(args.tour)
+        if args.images:
+            raise errors.UserError("--scene takes its pictures from a folder: leave IMAGE out")
+        if stages(args.stages) != ["video"]:
+            raise errors.UserError("--stages: a scene has its video alone")
+    elif args.tour != scenes.SceneArgs():
+        raise errors.UserError(
+            "--path, --arc and --fov are for a scene: name its folder by --scene"
+        )
     splatting.check(args.splats)
     surfacing.check(args.surface)
     meshing.check(args.mesh)

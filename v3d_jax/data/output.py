@@ -87,6 +87,7 @@ def write(
     report: dict[str, Any],
     splats: Splats | None = None,
     mesh: Mesh | None = None,
+    video: str = "orbit.mp4",
 ) -> None:
     """Writes every file of one picture, replacing what an earlier run left in `folder`.
 
@@ -99,7 +100,7 @@ def write(
         names = [f"frames/{index:03d}.png" for index in range(len(frames))]
         for name, frame in zip(names, frames, strict=True):
             Image.fromarray(frame).save(aside / name)
-        write_mp4(aside / "orbit.mp4", frames)
+        write_mp4(aside / video, frames)
         _write_json(aside / "transforms.json", transforms(cameras, names))
         _write_made(aside, preprocess.on_white(rgba), frames, report, splats, mesh)
 

@@ -36,9 +36,10 @@ def find(folder: Path) -> Path | None:
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
-def read(path: Path) -> tuple[list[poses.Posed], tuple[str, ...]]:
+def read(path: Path, *, fov: float | None = None) -> tuple[list[poses.Posed], tuple[str, ...]]:
     """The views of a file in its order, and a remark if pictures do not exist: these are left out.
 
+    With `fov`, a horizontal field of view in degrees, a single view may lack its focal length.
     Raises `UserError` for what is not JSON, lacks entries, or names pictures of which most do not
     exist or one has another size, for lenses that are not read, and for cameras that are no rigid
     motion.
@@ -67,6 +68,9 @@ def read(path: Path) -> tuple[list[poses.Posed], tuple[str, ...]]:
             continue
         where = f"{path}: frame {name}"
         size, entries = _size(image), {**content, **frame}
+        if fov is not None and len(frames) == 1 and not _has_focal(entries):
+            entries["camera_angle_x"] = math.radians(fov)
+            notes = (*notes, f"{path} has no focal length: a field of view of {fov:g} degrees")
         intrinsics, lens = distortion.pinhole_and_lens(
             _intrinsics(entries, size, where),
             _distortion(entries, where),
@@ -77,6 +81,20 @@ def read(path: Path) -> tuple[list[poses.Posed], tuple[str, ...]]:
         mask, pose = _mask(path, where, frame), _pose(frame, where)
         views.append(poses.Posed(name, image, mask, pose, intrinsics, size, lens))
     return views, notes
+
+
+def read_poses(path: Path) -> Float[np.ndarray, "t 4 4"]:
+    """The world-to-camera matrices of a file of cameras, whose pictures need not exist.
+
+    Raises `UserError` for what is not JSON, has no frames, and for cameras that are no rigid
+    motion.
+    """
+    frames = _load(path).get("frames")
+    if not isinstance(frames, list) or not frames:
+        raise UserError(f'{path} has no list "frames" of cameras: give at least one camera')
+    if not all(isinstance(frame, dict) for frame in frames):
+        raise UserError(f'{path}: "frames" holds what is no object with a "transform_matrix"')
+    return np.stack([_pose(frame, f"{path}: frame {i}") for i, frame in enumerate(frames)])
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -168,6 +186,11 @@ def _intrinsics(
         height / 2 if centre_y is None else centre_y,
     )
     return poses.pinhole((focal[0], focal[-1]), centre, where)
+
+
+def _has_focal(entries: dict[str, Any]) -> bool:
+    names = ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y")
+    return any(entries.get(name) is not None for name in names)
 
 
 def _focal(entries: dict[str, Any], key: str, length: int, where: str) -> float | None:
