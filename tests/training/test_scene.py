@@ -28,7 +28,7 @@ from v3d_jax.nn import generator
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.state import OptimConfig
 from v3d_jax.training import parts as learned
-from v3d_jax.training import record, scene
+from v3d_jax.training import record, scene, video
 from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.scene import SceneConfig
@@ -201,6 +201,20 @@ def test_clips_are_parts_of_the_path_with_sources_among_them(files, tmp_path):
     assert steps == {-2, -1, 1, 2}
     only = clips.clip(1, np.arange(3))
     assert only["valid"].tolist() == [True, False, False]
+
+
+def test_weights_of_a_network_that_learns_whole_and_of_one_that_learns_in_part(files, tmp_path):
+    """As the mini scene model is trained; with what rests they make a whole scene model."""
+    chosen = settings(files, tmp_path, train_only=("pixelnerf.*", "unet.conv_in.*"))
+    objective = chosen.objective()
+    learning = objective.load(files / "object")
+    names = set(folder.flatten(learning))
+    assert {"unet.conv_in.kernel", "unet.conv_in.bias"} == {n for n in names if n[:4] == "unet"}
+    whole = folder.flatten(video.whole(learning, objective.frozen))
+    expected = folder.flatten(folder.abstract_params(MODEL))
+    assert {name: leaf.shape for name, leaf in whole.items()} == {
+        name: leaf.shape for name, leaf in expected.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def build(
 
     rest = abstract_rest(model, dtype, parts, train_only)
     if rest:
-        found = learning.load(Path(init_from), tuple(rest), model)
+        found = learning.load(Path(init_from), _with_rest(model, parts, train_only), model)
         found = learning.resting(found, parts, train_only)
         rest = objective.fit(found, rest, init_from)
 
@@ -209,15 +209,20 @@ def abstract_rest(
     train_only: tuple[str, ...],
 ) -> Params:
     """Shapes of what does not learn of UNet and tower, and of a decoder that learns in part."""
-    names = (
-        *(name for name in learning.of(model) if name not in parts),
-        *(parts if train_only else ()),
-    )
+    names = _with_rest(model, parts, train_only)
 
     def made(key: jax.Array) -> Params:
         return learning.resting(learning.random(model, dtype, key, names), parts, train_only)
 
     return jax.eval_shape(made, jax.random.key(0))
+
+
+def _with_rest(
+    model: generator.GeneratorConfig, parts: tuple[Part, ...], train_only: tuple[str, ...]
+) -> tuple[Part, ...]:
+    """The networks that have weights which may not learn; patterns are of all that learn."""
+    others = tuple(name for name in learning.of(model) if name not in parts)
+    return (*others, *(parts if train_only else ()))
 
 
 def whole(params: Params, frozen: Frozen) -> Params:
