@@ -1,7 +1,7 @@
 """The scene model at 512 pixels: V3D, or Stable Video Diffusion, with a PixelNeRF.
 
 Command:  python -m v3d_jax.convert V3D_512.ckpt models/v3d_512
-          python -m v3d_jax.render MESHES... --out data/rooms --size 512 --views 36 --scenes 50000
+          python -m v3d_jax.render MESHES... --out data/rooms --size 512 --views 18 --scenes 20000
           python -m v3d_jax.train configs/scene.py --data.path data/rooms
           (from SVD: convert svd_xt.safetensors to models/svd_xt, and add --run.init-from)
 Hardware: written for TPU v5e-256, one clip a chip; not run on it

@@ -1,6 +1,6 @@
 """The mini scene model: the mini with a PixelNeRF, on rooms furnished with its objects, 256 pixels.
 
-Command:  python -m v3d_jax.render MESHES... --out data/rooms --size 256 --views 36 --scenes 8000
+Command:  python -m v3d_jax.render MESHES... --out data/rooms --size 256 --views 18 --scenes 8000
           --heldout v3d_jax/assets/heldout.txt
           python -m v3d_jax.train configs/scene_mini.py --data.path data/rooms
           python launch/package_model.py runs/scene_mini/model v3d_jax/assets/scene_mini

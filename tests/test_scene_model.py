@@ -20,7 +20,7 @@ from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn import generator
 from v3d_jax.ops import image
 from v3d_jax.training import parts
-from v3d_jax.weights import folder
+from v3d_jax.weights import export, folder
 
 SAMPLING = SamplingConfig(steps=2, guidance_min=1.0, guidance_max=2.0)
 SETTINGS = pipeline.Settings(tiny_scene.CONFIG, SAMPLING)
@@ -137,6 +137,13 @@ def test_a_folder_round_trip_and_a_folder_with_a_base(models, tmp_path):
     (tmp_path / "scene").rename(tmp_path / "object")
     with pytest.raises(errors.UserError, match="has a base itself: name a whole model"):
         folder.load(tmp_path / "object")
+
+
+def test_no_other_program_runs_a_scene_model(models, tmp_path):
+    for write in (export.write_sgm, export.write_diffusers):
+        with pytest.raises(errors.UserError, match="its pixelnerf is True, and False there"):
+            write(tmp_path / "made", folder.open_folder(models / "scene"))
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_scene_model_is_not_for_single_pictures(models, key):

@@ -70,7 +70,8 @@ def read(path: Path, *, fov: float | None = None) -> tuple[list[poses.Posed], tu
         size, entries = _size(image), {**content, **frame}
         if fov is not None and len(frames) == 1 and not _has_focal(entries):
             entries["camera_angle_x"] = math.radians(fov)
-            notes = (*notes, f"{path} has no focal length: a field of view of {fov:g} degrees")
+            told = f"{path} has no focal length: a field of view of {fov:g} degrees is taken"
+            notes = (*notes, told)
         intrinsics, lens = distortion.pinhole_and_lens(
             _intrinsics(entries, size, where),
             _distortion(entries, where),

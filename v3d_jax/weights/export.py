@@ -141,7 +141,7 @@ def _header(model: folder.Unread) -> dict[str, str]:
 def _check(config: GeneratorConfig, tool: str) -> None:
     """Refuses settings that are constants in the tools' code."""
     wanted = {
-        "pixelnerf": (config.pixelnerf, None),
+        "pixelnerf": (config.pixelnerf is not None, False),
         "unet.groups": (config.unet.groups, GROUPS),
         "autoencoder.groups": (config.autoencoder.groups, GROUPS),
         "autoencoder.frames_alone": (config.autoencoder.frames_alone, False),
