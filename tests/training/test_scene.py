@@ -12,6 +12,7 @@ import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import synthetic_scenes
 import tiny_generator
@@ -25,6 +26,8 @@ from v3d_jax.data.loader import LoaderConfig
 from v3d_jax.data.posed import SourceConfig
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn import generator
+from v3d_jax.parallel import mesh as meshes
+from v3d_jax.parallel import sharding
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.state import OptimConfig
 from v3d_jax.training import parts as learned
@@ -243,3 +246,46 @@ def test_a_batch_in_the_loss_is_what_its_cameras_see(files, tmp_path):
     assert float(views.images.min()) >= -1.0
     assert float(views.images.max()) > 0.5
     assert targets.width[0, 0] == 16
+
+
+@pytest.mark.slow
+def test_loss_and_gradient_on_several_devices_equal_those_on_one(files, tmp_path):
+    """Split by clip and weight, and by frame; statistics of the features are the whole batch's."""
+    objective = settings(files, tmp_path, "scene").objective()
+    params, rng = objective.load(files / "scene"), np.random.default_rng(0)
+    drawn = [objective.clips.draw(index, np.arange(3), rng) for index in range(4)]
+    batch = {name: np.stack([clip[name] for clip in drawn]) for name in drawn[0]}
+    assert len(np.unique(batch["valid"].sum(axis=1))) > 1
+
+    def gradient(**layout: int):
+        mesh = meshes.make(MeshConfig(**layout))
+        placements = sharding.weights(params, mesh, small=2**8)
+        everywhere = sharding.replicated(mesh)
+
+        def step(params, frozen, batch, key):
+            value, _, grads = state.gradients(
+                objective.loss, params, frozen, batch, key, placements=placements
+            )
+            return value, grads
+
+        compiled = fixtures.jit(
+            sharding.on_mesh(step, mesh),
+            in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere),
+            out_shardings=(everywhere, placements),
+        )
+        value, grads = compiled(
+            sharding.put(params, placements),
+            objective.frozen,
+            sharding.put_batch(batch, mesh),
+            jax.random.key(0),
+        )
+        return float(value), jax.tree.map(np.asarray, grads)
+
+    value, grads = gradient(devices=1)
+    norm = float(optax.tree.norm(grads))
+    assert float(optax.tree.norm(grads["pixelnerf"])) > 1e-3 * norm
+    for layout in ({"devices": 4, "fsdp": 2}, {"devices": 6, "frames": 3}):
+        sharded, others = gradient(**layout)
+        assert sharded == pytest.approx(value, rel=1e-5)
+        difference = jax.tree.map(np.subtract, others, grads)
+        assert float(optax.tree.norm(difference)) < 3e-5 * norm
