@@ -13,7 +13,7 @@ import tiny_generator
 import tiny_scene
 from flax import nnx
 
-from v3d_jax import errors, pipeline
+from v3d_jax import errors, evaluate, pipeline
 from v3d_jax.diffusion import guidance
 from v3d_jax.diffusion.loss import LossConfig, drop_condition
 from v3d_jax.diffusion.sampler import SamplingConfig
@@ -75,6 +75,16 @@ def test_frames_follow_the_cameras_and_the_views(key):
     assert float(jnp.abs(fewer - frames).max()) > 0.01
     hidden = one._replace(images=one.images.at[:, 1].set(0.5))
     np.testing.assert_array_equal(make(SETTINGS, params, hidden, targets, key), fewer)
+
+
+@pytest.mark.slow  # both together
+@pytest.mark.parametrize("changes", [{"low_memory": True}, {"devices": 2}])
+def test_branches_in_turn_and_on_devices_of_their_own_make_the_same_frames(key, changes):
+    make = fixtures.jit(pipeline.views_to_frames, static_argnums=0)
+    given = tiny_scene.params(), tiny_scene.views(), tiny_scene.cameras(), key
+    other = dataclasses.replace(SETTINGS, **changes)
+    found = make(other, *given)
+    np.testing.assert_allclose(found, make(SETTINGS, *given), rtol=0, atol=1e-4)
 
 
 def test_scenes_have_no_azimuth():
@@ -147,6 +157,8 @@ def test_no_other_program_runs_a_scene_model(models, tmp_path):
 
 
 def test_a_scene_model_is_not_for_single_pictures(models, key):
+    with pytest.raises(errors.UserError, match="scene is a scene model: name a model of objects"):
+        evaluate.evaluate(evaluate.EvaluateArgs(model=str(models / "scene")))
     model = pipeline.load(models / "scene")
     with pytest.raises(errors.UserError, match="this is a scene model"):
         pipeline.generate_orbit(model, jnp.zeros((16, 16, 3)), key)

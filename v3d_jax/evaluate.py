@@ -209,6 +209,8 @@ def evaluate(args: EvaluateArgs) -> Result:
     from tqdm import tqdm
 
     model = packaged.load(args.model)
+    if model.generator.pixelnerf is not None:
+        raise errors.UserError(f"{args.model} is a scene model: name a model of objects")
     config = configure(args, model)
     size, count = config.generator.frame_size, config.generator.num_frames
     records = orbits.source(args.data_dir, args.data)
