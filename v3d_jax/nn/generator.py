@@ -119,8 +119,7 @@ SCENE_MINI = scene(
     PixelNeRFConfig(
         encoder=ResUNetConfig(channels=32, blocks=(2, 2, 2)),
         sampling="disparity",
-        samples=48,
-        near=0.25,
+        samples=64,
         far=50.0,
         deviation=True,
         hidden=64,
