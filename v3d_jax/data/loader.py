@@ -166,11 +166,11 @@ def batches(
 ) -> Batches:
     """An endless stream of this host's part of every batch: the `rank`-th of `world` in a row.
 
-    Parts laid one behind the other are the batch of one host. Every epoch is shuffled anew, and every clip starts where `random_start` has it start. With
-    `pictures`, so many random frames of each of the `PicturedClips` come as "pictures" uint8
-    [b,k,h,w,3], and their places in the clip as "places" [b,k]. Raises ValueError if the batch
-    cannot be divided among `world` hosts or the views among the frames, and if a clip has fewer
-    frames than `pictures`.
+    Parts laid one behind the other are the batch of one host. Every epoch is shuffled anew, and
+    every clip starts where `random_start` has it start. With `pictures`, so many random frames of
+    each of the `PicturedClips` come as "pictures" uint8 [b,k,h,w,3], and their places in the clip
+    as "places" [b,k]. Raises ValueError if the batch cannot be divided among `world` hosts or the
+    views among the frames, and if a clip has fewer frames than `pictures`.
     """
     import grain
 
