@@ -11,7 +11,7 @@ Axes: v view, i view of a step, h w image, n Gaussian, k spherical harmonic.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from v3d_jax.errors import UserError
 from v3d_jax.ops import camera, compiling
-from v3d_jax.splat import densify, objective, rasterize, silhouette
+from v3d_jax.splat import densify, objective, rasterize, scene, silhouette
 from v3d_jax.splat.densify import DensifyConfig
 from v3d_jax.splat.gaussians import Gaussians, sh_degree
 from v3d_jax.splat.objective import LossConfig, Perceptual
@@ -60,6 +60,7 @@ class FitConfig:
     scale: float = 1.0  # at the start, of the distance to neighbours
     background: Literal["white", "black", "random"] = "white"
     view_gain: bool = False  # a colour gain a view, for frames that disagree
+    contract: bool = False  # lengths grow with the range: cameras are those of a `scene.Frame`
     loss: LossConfig = field(default_factory=LossConfig)
     rates: RateConfig = field(default_factory=RateConfig)
     densify: DensifyConfig = field(default_factory=DensifyConfig)
@@ -78,6 +79,26 @@ MINI = FitConfig(
     loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01),
     rates=RateConfig(means=4.8e-4, sh=1e-2, log_scales=1e-2),
     densify=DensifyConfig(every=50, start=100, stop=350),
+)
+
+
+# Of scenes: 3DGS-MCMC's loss with moves that end early, as benchmarks/lego.py has it.
+SCENE = FitConfig(
+    count=200_000,
+    steps=7_000,
+    degree=3,
+    background="black",
+    contract=True,
+    loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01, scale=0.01),
+    densify=DensifyConfig(start=500, stop=4_200),
+)
+SCENE_MINI = replace(
+    SCENE,
+    count=8_000,
+    steps=600,
+    degree=0,
+    rates=MINI.rates,
+    densify=replace(MINI.densify, stop=450),
 )
 
 
@@ -259,7 +280,8 @@ def _step(
             distance = perceptual.distance(params, found, seen.features)
             value = value + config.loss.lpips * jnp.mean(distance)
         moving = state.step < config.densify.stop
-        value = value + objective.regularization(config.loss, gaussians, size, moving)
+        unit = lax.stop_gradient(size * _unit(config, gaussians))
+        value = value + objective.regularization(config.loss, gaussians, unit, moving)
         return value, render.slots
 
     (value, slots), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
@@ -267,6 +289,9 @@ def _step(
     rates = _rates(config, state, size)
     moved_to = jax.tree.map(lambda p, u, rate: p - rate * u, state.parameters, update, rates)
     gaussians, wander = moved_to.gaussians, config.densify.noise * rates.gaussians.means
+    if config.contract:
+        # Equation 8 in units: a variance is divided by two of them and a step multiplied by one.
+        wander = wander[:, 0] / jnp.square(_unit(config, gaussians))
     step = densify.exploration(noise_key, gaussians, wander)
     gaussians = gaussians._replace(means=gaussians.means + step)
     gaussians, moments, moved = _densify(config, move_key, state.step + 1, gaussians, moments)
@@ -318,6 +343,8 @@ def _rates(config: FitConfig, state: State, size: Float[Array, ""]) -> Parameter
     rates, more = config.rates, math.sqrt(config.views)
     part = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
     means = rates.means * more * size * jnp.power(rates.means_left, part)
+    if config.contract:
+        means = means * _unit(config, state.parameters.gaussians)[:, None]
     coefficients = state.parameters.gaussians.sh.shape[1]
     sh = [rates.sh] + [rates.sh_rest] * (coefficients - 1)
     gaussians = Gaussians(
@@ -328,6 +355,11 @@ def _rates(config: FitConfig, state: State, size: Float[Array, ""]) -> Parameter
         jnp.asarray([more * rate for rate in sh]).reshape(1, -1, 1),
     )
     return Parameters(gaussians, jnp.asarray(more * rates.log_gain))
+
+
+def _unit(config: FitConfig, gaussians: Gaussians) -> Float[Array, ""] | Float[Array, "n"]:
+    """What lengths are measured in at every Gaussian, in the scene's extent."""
+    return scene.unit(gaussians.means) if config.contract else jnp.ones(())
 
 
 def _with_degree(config: FitConfig, gaussians: Gaussians, step: Array) -> Gaussians:
