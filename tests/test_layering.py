@@ -12,7 +12,17 @@ LAYERS = (
     ("parallel",),
     ("nn", "diffusion", "splat", "sdf", "mesh"),
     ("weights", "checkpoint", "data"),
-    ("pipeline", "config", "state", "training", "console", "splatting", "surfacing", "meshing"),
+    (
+        "pipeline",
+        "config",
+        "state",
+        "training",
+        "console",
+        "scenes",
+        "splatting",
+        "surfacing",
+        "meshing",
+    ),
     ENTRY,
 )
 METHODS = LAYERS[2]

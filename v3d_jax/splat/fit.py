@@ -11,7 +11,7 @@ Axes: v view, i view of a step, h w image, n Gaussian, k spherical harmonic.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -79,26 +79,6 @@ MINI = FitConfig(
     loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01),
     rates=RateConfig(means=4.8e-4, sh=1e-2, log_scales=1e-2),
     densify=DensifyConfig(every=50, start=100, stop=350),
-)
-
-
-# Of scenes: 3DGS-MCMC's loss with moves that end early, as benchmarks/lego.py has it.
-SCENE = FitConfig(
-    count=200_000,
-    steps=7_000,
-    degree=3,
-    background="black",
-    contract=True,
-    loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01, scale=0.01),
-    densify=DensifyConfig(start=500, stop=4_200),
-)
-SCENE_MINI = replace(
-    SCENE,
-    count=8_000,
-    steps=600,
-    degree=0,
-    rates=MINI.rates,
-    densify=replace(MINI.densify, stop=450),
 )
 
 
@@ -280,7 +260,9 @@ def _step(
             distance = perceptual.distance(params, found, seen.features)
             value = value + config.loss.lpips * jnp.mean(distance)
         moving = state.step < config.densify.stop
-        unit = lax.stop_gradient(size * _unit(config, gaussians))
+        unit = size
+        if config.contract:
+            unit = lax.stop_gradient(size * scene.unit(gaussians.means))
         value = value + objective.regularization(config.loss, gaussians, unit, moving)
         return value, render.slots
 
@@ -291,7 +273,7 @@ def _step(
     gaussians, wander = moved_to.gaussians, config.densify.noise * rates.gaussians.means
     if config.contract:
         # Equation 8 in units: a variance is divided by two of them and a step multiplied by one.
-        wander = wander[:, 0] / jnp.square(_unit(config, gaussians))
+        wander = wander[:, 0] / jnp.square(scene.unit(gaussians.means))
     step = densify.exploration(noise_key, gaussians, wander)
     gaussians = gaussians._replace(means=gaussians.means + step)
     gaussians, moments, moved = _densify(config, move_key, state.step + 1, gaussians, moments)
@@ -344,7 +326,7 @@ def _rates(config: FitConfig, state: State, size: Float[Array, ""]) -> Parameter
     part = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
     means = rates.means * more * size * jnp.power(rates.means_left, part)
     if config.contract:
-        means = means * _unit(config, state.parameters.gaussians)[:, None]
+        means = means * scene.unit(state.parameters.gaussians.means)[:, None]
     coefficients = state.parameters.gaussians.sh.shape[1]
     sh = [rates.sh] + [rates.sh_rest] * (coefficients - 1)
     gaussians = Gaussians(
@@ -355,11 +337,6 @@ def _rates(config: FitConfig, state: State, size: Float[Array, ""]) -> Parameter
         jnp.asarray([more * rate for rate in sh]).reshape(1, -1, 1),
     )
     return Parameters(gaussians, jnp.asarray(more * rates.log_gain))
-
-
-def _unit(config: FitConfig, gaussians: Gaussians) -> Float[Array, ""] | Float[Array, "n"]:
-    """What lengths are measured in at every Gaussian, in the scene's extent."""
-    return scene.unit(gaussians.means) if config.contract else jnp.ones(())
 
 
 def _with_degree(config: FitConfig, gaussians: Gaussians, step: Array) -> Gaussians:

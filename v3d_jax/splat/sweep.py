@@ -30,11 +30,15 @@ class SweepConfig:
 
     near: float = 0.1  # first distance that is tried
     far: float = 30.0  # last one, and the shell's radius
-    shell: float = 0.1  # share of the points on the shell
+    shell: float = 0.1  # share of the points on the shell, from 0 to 1
     candidates: int = 48  # distances tried on a ray, and half as many again around the best
     compared: int = 100  # views that are asked at most
     aside: float = 0.3  # radians from the ray at which a view's say has fallen to exp(-1/2)
     doubt: float = 0.5  # views' worth of disagreement that every candidate starts with
+
+    def on_shell(self, count: int) -> int:
+        """How many of `count` points lie on the shell."""
+        return round(self.shell * count)
 
 
 class Swept(NamedTuple):
@@ -73,7 +77,10 @@ def points(
     colors = _look_up(images, view, place)
     factor = lenses.width[0] / cameras.width[0]
     pixels = _Pixel(view, ray.origins, ray.directions, _look_up(small, view, place * factor))
-    shell = round(config.shell * count)
+    shell = config.on_shell(count)
+    if shell == count:
+        positions = pixels.origin + config.far * pixels.direction
+        return Swept(positions, colors, jnp.zeros(count, bool))
     near = jax.tree.map(lambda leaf: leaf[: count - shell], pixels)
     distance, shared = _distances(distance_key, near, small, lenses, config)
     distance = jnp.concatenate([distance, jnp.full(shell, config.far)])
