@@ -178,12 +178,13 @@ def reconstruct(
     gaussians = state.parameters.gaussians
     back = jnp.full(3, 1.0 if frames.scene is None else _BEHIND[config.background])
     filmed = (path.turn if frames.scene is None else path.along)(cameras, TURN_FRAMES)
-    unseen = 0 if held is None else len(held.images)
-    with console.progress(seconds, "render", len(frames.images) + TURN_FRAMES + unseen) as bar:
-        renders = _draw(gaussians, cameras, raster, back, bar)
+    if held is not None:
+        both = zip(cameras, begun.inside(held.cameras), strict=True)
+        cameras = camera.Camera(*(jnp.concatenate(pair) for pair in both))
+    with console.progress(seconds, "render", len(cameras.intrinsics) + TURN_FRAMES) as bar:
+        drawn = _draw(gaussians, cameras, raster, back, bar)
         film = _draw(gaussians, filmed, raster, back, bar)
-        if held is not None:
-            others = _draw(gaussians, begun.inside(held.cameras), raster, back, bar)
+    renders, others = np.split(drawn, [len(frames.images)])
     report = {
         "fit": dataclasses.asdict(config),
         **begun.facts,
@@ -193,7 +194,7 @@ def reconstruct(
     }
     if held is not None:
         truth = views.on_white(held.images, held.alpha)
-        report["held_out"] = {"views": unseen, **scores(others, truth)}
+        report["held_out"] = {"views": len(truth), **scores(others, truth)}
     return Result(begun.outside(gaussians), renders, film, report)
 
 
