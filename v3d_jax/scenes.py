@@ -38,6 +38,10 @@ class Begun(NamedTuple):
     gaussians: Gaussians
     given: int  # Gaussians on points that were given
 
+    def inside(self, cameras: camera.Camera) -> camera.Camera:
+        """Other cameras of the world in the frame."""
+        return scene.cameras_inside(self.place, cameras)
+
 
 def kind(images: UInt8[np.ndarray, "v h w 3"], alpha: UInt8[np.ndarray, "v h w"] | None) -> Kind:
     """What pictures are of: an object where there is alpha or most borders are white.

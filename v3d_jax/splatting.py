@@ -26,7 +26,6 @@ STAGES = ("carve", "sweep", "fit", "render")  # names of the times spent, the fi
 _ALEXNET_SIDE = 31
 _PRESETS = {"v3d": fit.V3D, "faithful": fit.FAITHFUL, "mini": fit.MINI}
 _SCENE_PRESETS = {"v3d": recipe.SCENE, "mini": recipe.SCENE_MINI}
-_BEHIND = {"white": 1.0, "black": 0.0, "random": 0.0}  # renders, by the background of the fit
 _CHUNKS = 20  # of a fit: how often progress is told
 
 
@@ -176,7 +175,7 @@ def reconstruct(
             progress=told,
         )
     gaussians = state.parameters.gaussians
-    back = jnp.full(3, 1.0 if frames.scene is None else _BEHIND[config.background])
+    back = fit.behind(config)
     filmed = (path.turn if frames.scene is None else path.along)(cameras, TURN_FRAMES)
     if held is not None:
         both = zip(cameras, begun.inside(held.cameras), strict=True)

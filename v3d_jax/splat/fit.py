@@ -141,6 +141,11 @@ def gains(log_gain: Float[Array, "v 3"]) -> Float[Array, "v 3"]:
     return jnp.exp(log_gain - log_gain.mean(axis=0, keepdims=True))
 
 
+def behind(config: FitConfig) -> Float[Array, "3"]:
+    """What is behind all Gaussians in renders: the fit's background, black if that is random."""
+    return jnp.full(3, _BACKGROUNDS.get(config.background, 0.0))
+
+
 def with_features(
     config: FitConfig, targets: Targets, perceptual: Perceptual | None, params: Any
 ) -> Targets:
@@ -152,8 +157,7 @@ def with_features(
         return targets._replace(features=None)
     if config.background == "random" and targets.alpha is not None:
         raise ValueError("random backgrounds change transparent targets: set loss.lpips to 0")
-    back = jnp.full(3, _BACKGROUNDS.get(config.background, 0.0))
-    images = _composited(targets.images, targets.alpha, back)
+    images = _composited(targets.images, targets.alpha, behind(config))
     features = objective.target_features(config.loss, perceptual, params, images)
     return targets._replace(features=features)
 
@@ -243,7 +247,7 @@ def _step(
     if config.background == "random":
         back = jax.random.uniform(background_key, (3,))
     else:
-        back = jnp.full(3, _BACKGROUNDS[config.background])
+        back = behind(config)
     wanted = _composited(seen.images, seen.alpha, back)
 
     def loss(parameters: Parameters) -> tuple[Array, Array]:
