@@ -32,7 +32,7 @@ import tyro
 from v3d_jax import scenes
 from v3d_jax.data import rooms, solids, views
 from v3d_jax.ops import camera
-from v3d_jax.splat import fit, recipe
+from v3d_jax.splat import densify, fit, recipe
 
 HELD_OUT = 8
 OBJECTS = 3  # in a room
@@ -163,7 +163,9 @@ def main(args: SceneArgs) -> None:
         count=args.gaussians,
         steps=args.steps,
         degree=args.degree,
-        densify=fit.DensifyConfig(start=min(500, args.steps // 8), stop=round(0.6 * args.steps)),
+        densify=densify.DensifyConfig(
+            start=min(500, args.steps // 8), stop=round(0.6 * args.steps)
+        ),
     )
     judge, strategies = splat_fits.Judge(), splat_fits.peers(list(args.peers))
     print(splat_fits.header("scene", judge))
