@@ -69,15 +69,15 @@ def test_points_that_are_given_come_first(key):
         0.5 + gaussians.SH_C0 * begun.gaussians.sh[:140, 0], shown, atol=1e-5
     )
     far = np.linalg.norm(begun.gaussians.means, axis=1) > 0.9 * sweep.SweepConfig().far
-    assert 40 <= far.sum() < 150
+    assert 20 <= far.sum() < 130
     # More of them than the budget has room for: the shell stays.
     few = scenes.begin(
         splatting.configure(splatting.SplatArgs(gaussians=50), scenes.Scene()),
         images, lenses, told, key,
     )  # fmt: skip
-    assert few.given == 45
+    assert few.given == 48
     length = np.linalg.norm(few.gaussians.means, axis=1)
-    np.testing.assert_allclose(length[45:], sweep.SweepConfig().far, atol=1.0)
+    np.testing.assert_allclose(length[48:], sweep.SweepConfig().far, atol=1.0)
 
 
 def test_recipes_of_scenes():

@@ -76,7 +76,7 @@ def test_unit_undoes_the_contraction_across_the_ray():
 def test_swept_points_lie_on_the_walls_and_on_the_shell(swept):
     place, _ = inside(~room_views.HELD)
     shell = sweep.SweepConfig().on_shell(COUNT)
-    assert shell == COUNT // 10
+    assert shell == COUNT // 20
     world = place.origin[None] + place.size * swept.positions
     of_wall = np.abs(np.asarray(world) / rooms.room(0).half).max(axis=1)[:-shell]
     found = np.mean(np.abs(of_wall - 1.0) < 0.15)
@@ -128,7 +128,7 @@ def test_fit_of_a_room_shows_it_from_unseen_places(swept):
         float(metrics.psnr(jnp.asarray(guess, jnp.float32), jnp.asarray(truth)).mean())
         for guess in (nearest, plain)
     ]
-    begun = start.from_points(swept.positions, swept.colors)
+    begun = start.from_points(swept.positions, swept.colors, scale=recipe.SCENE_MINI.scale)
     unseen = inside(held)[1]
     known.append(psnr(begun, unseen, truth))
     config = replace(

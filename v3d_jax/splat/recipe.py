@@ -22,6 +22,7 @@ SCENE = FitConfig(
     count=200_000,
     steps=7_000,
     degree=3,
+    scale=0.5,  # points on pixels are uneven: gaps between neighbours are larger than what is there
     background="black",
     contract=True,
     loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01, scale=0.01),

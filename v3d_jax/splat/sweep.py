@@ -30,7 +30,7 @@ class SweepConfig:
 
     near: float = 0.1  # first distance that is tried
     far: float = 30.0  # last one, and the shell's radius
-    shell: float = 0.1  # share of the points on the shell, from 0 to 1
+    shell: float = 0.05  # share of the points on the shell, from 0 to 1
     candidates: int = 48  # distances tried on a ray, and half as many again around the best
     compared: int = 100  # views that are asked at most
     aside: float = 0.3  # radians from the ray at which a view's say has fallen to exp(-1/2)
