@@ -45,7 +45,7 @@ class ReconstructArgs:
     background: Literal["black", "white", "random"] = "black"
     """Behind all Gaussians of an unbounded scene; random, anew each step, leaves none of it."""
     hold_out: int = 0
-    """Every so manieth view is not fitted but scored, from the second on; 0: none."""
+    """Scores every N-th view, the first included, instead of fitting it; 0: none."""
     max_side: int = views.MAX_SIDE
     """Pictures longer than this many pixels are shrunk."""
     tolerated: int = 0
@@ -131,7 +131,7 @@ def _frames(
         whole = whole._replace(alpha=None, scene=scene)
     if not args.hold_out:
         return whole, None
-    held = np.arange(len(given.images)) % args.hold_out == 1
+    held = np.arange(len(given.images)) % args.hold_out == 0
     if held.sum() < 1 or (~held).sum() < 2:
         raise errors.UserError(
             f"--hold-out {args.hold_out} leaves {(~held).sum()} of {len(held)} views to fit and "
