@@ -140,8 +140,10 @@ def test_fit_of_a_room_shows_it_from_unseen_places(swept):
     targets = fit.Targets(jnp.asarray(images[~held]), None, inside(~held)[1])
     first = fit.begin(begun, len(targets.images))
     key = jax.random.key(1)
-    state, losses = ADVANCE(config, RASTER, None, None, targets, first, key, STEPS)
-    assert int(state.slots) <= RASTER.slots
+    # Steps take as long as their capacity is large, and one view needs little.
+    small = replace(RASTER, slots=1 << 12)
+    state, losses = ADVANCE(config, small, None, None, targets, first, key, STEPS)
+    assert int(state.slots) <= small.slots
     assert bool(jnp.isfinite(losses).all())
     found = psnr(state.parameters.gaussians, unseen, truth)
     assert found > 20.5
