@@ -29,8 +29,8 @@ import orbit_splats
 import splat_fits
 import tyro
 
-from v3d_jax import scenes
-from v3d_jax.data import rooms, solids, views
+from v3d_jax import unbounded
+from v3d_jax.data import solids, views, walls
 from v3d_jax.ops import camera
 from v3d_jax.splat import densify, fit, recipe
 
@@ -87,16 +87,16 @@ def lego(folder: Path, size: int) -> Shots:
     given = views.read(folder, max_side=size)
     assert given.alpha is not None
     reach = float(jnp.abs(camera.position(given.cameras)).max())
-    around = rooms.room(0, (MARGIN * reach,) * 3)
-    walls = rooms.draw(around, given.cameras, given.images.shape[1:3])
-    return Shots("lego", _over(given.images, given.alpha, walls), given.cameras)
+    around = walls.room(0, (MARGIN * reach,) * 3)
+    behind = walls.draw(around, given.cameras, given.images.shape[1:3])
+    return Shots("lego", _over(given.images, given.alpha, behind), given.cameras)
 
 
 def room(number: int, items: list[Placed], count: int, size: int) -> Shots:
     """A room with objects, from places in its rear half."""
     lenses = walk(number, count, size)
-    walls = rooms.draw(rooms.room(number, HALF), lenses, (size, size))
-    pictures = (walls * 255.0 + 0.5).astype(np.uint8)
+    behind = walls.draw(walls.room(number, HALF), lenses, (size, size))
+    pictures = (behind * 255.0 + 0.5).astype(np.uint8)
     drawn = [orbit_splats.pictures(made) for made in orbit_splats.draw(items, lenses, size)]
     places = np.asarray(camera.position(lenses))
     gap = np.stack([np.linalg.norm(places - item.centre, axis=1) for item in items])
@@ -175,7 +175,7 @@ def main(args: SceneArgs) -> None:
         truth = shots.images[held].astype(np.float32) / np.float32(255.0)
         start_key, key = jax.random.split(jax.random.key(args.seed))
         fitted_lenses = splat_fits.part(shots.cameras, ~held)
-        begun = scenes.begin(config, shots.images[~held], fitted_lenses, None, start_key)
+        begun = unbounded.begin(config, shots.images[~held], fitted_lenses, None, start_key)
         targets = fit.Targets(jnp.asarray(shots.images[~held]), None, begun.cameras)
         unseen = begun.inside(splat_fits.part(shots.cameras, held))
         scene = (targets, begun.gaussians, unseen)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from v3d_jax.data import output, rooms
+from v3d_jax.data import output, walls
 from v3d_jax.ops import camera
 
 VIEWS, WIDTH, HEIGHT = 16, 36, 48
@@ -46,7 +46,7 @@ def batch(poses: jnp.ndarray) -> camera.Camera:
 
 @functools.cache
 def shots() -> Shots:
-    drawn = rooms.draw(rooms.room(0), cameras(), (HEIGHT, WIDTH))
+    drawn = walls.draw(walls.room(0), cameras(), (HEIGHT, WIDTH))
     return Shots((drawn * 255.0 + 0.5).astype(np.uint8), cameras())
 
 

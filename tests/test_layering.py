@@ -18,7 +18,7 @@ LAYERS = (
         "state",
         "training",
         "console",
-        "scenes",
+        "unbounded",
         "splatting",
         "surfacing",
         "meshing",

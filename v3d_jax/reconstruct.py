@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from v3d_jax import console, errors, meshing, scenes, splatting, surfacing
+from v3d_jax import console, errors, meshing, splatting, surfacing, unbounded
 from v3d_jax.data import output, views
 
 STAGES = ("splats", "mesh")
@@ -117,7 +117,7 @@ def _frames(
     args: ReconstructArgs, given: views.Views
 ) -> tuple[splatting.Frames, splatting.Frames | None]:
     """The frames to fit, and those that are held out."""
-    kind = scenes.kind(given.images, given.alpha) if args.scene == "auto" else args.scene
+    kind = unbounded.kind(given.images, given.alpha) if args.scene == "auto" else args.scene
     whole = splatting.Frames(given.images, given.alpha, given.cameras, args.tolerated)
     if kind == "unbounded":
         if "mesh" in _stages(args.stages):
@@ -127,7 +127,7 @@ def _frames(
             )
         if given.alpha is not None:
             console.note("masks and alpha are not used: a scene's pictures are fitted whole")
-        scene = scenes.Scene(given.points, args.background)
+        scene = unbounded.Scene(given.points, args.background)
         whole = whole._replace(alpha=None, scene=scene)
     if not args.hold_out:
         return whole, None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from v3d_jax import console, errors, pipeline, scenes
+from v3d_jax import console, errors, pipeline, unbounded
 from v3d_jax.data import views
 from v3d_jax.nn import lpips
 from v3d_jax.ops import camera, compiling, metrics
@@ -55,7 +55,7 @@ class Frames(NamedTuple):
     alpha: UInt8[np.ndarray, "v h w"] | None  # None: opaque, the object on white
     cameras: camera.Camera
     tolerated: int = 0  # frames that may miss a part of the object, as generated ones do
-    scene: scenes.Scene | None = None  # None: of an object
+    scene: unbounded.Scene | None = None  # None: of an object
 
 
 def part(frames: Frames, chosen: np.ndarray) -> Frames:
@@ -88,7 +88,7 @@ def check(args: SplatArgs) -> None:
         raise errors.UserError(f"--degree {args.degree}: at most {MAX_DEGREE} is possible")
 
 
-def configure(args: SplatArgs, scene: scenes.Scene | None = None) -> fit.FitConfig:
+def configure(args: SplatArgs, scene: unbounded.Scene | None = None) -> fit.FitConfig:
     """The recipe with the command line's settings put in; its schedule follows the steps.
 
     Raises `UserError` for a recipe that scenes do not have.
@@ -251,7 +251,7 @@ class _Begun(NamedTuple):
 
 def _begin(config: fit.FitConfig, frames: Frames, key: Array) -> _Begun:
     if frames.scene is not None:
-        started = scenes.begin(config, frames.images, frames.cameras, frames.scene.points, key)
+        started = unbounded.begin(config, frames.images, frames.cameras, frames.scene.points, key)
         facts = {"extent": float(started.place.size), "given_points": started.given}
         return _Begun(started.gaussians, started.place, None, facts)
     tolerated = min(frames.tolerated, len(frames.images) - 1)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import room_views
 
-from v3d_jax import errors, reconstruct, scenes, splatting
-from v3d_jax.data import colmap, rooms, video
+from v3d_jax import errors, reconstruct, splatting, unbounded
+from v3d_jax.data import colmap, video, walls
 from v3d_jax.ops import camera
 from v3d_jax.splat import gaussians, recipe, sweep
 
@@ -35,19 +35,19 @@ def fails(monkeypatch, capsys, *arguments):
 
 def test_objects_are_told_from_scenes():
     room = room_views.shots().images
-    assert scenes.kind(room, None) == "unbounded"
-    assert scenes.kind(room, np.full(room.shape[:3], 255, np.uint8)) == "object"
+    assert unbounded.kind(room, None) == "unbounded"
+    assert unbounded.kind(room, np.full(room.shape[:3], 255, np.uint8)) == "object"
     on_white = np.full_like(room, 255)
     on_white[:, 10:30, 10:30] = room[:, 10:30, 10:30]
-    assert scenes.kind(on_white, None) == "object"
-    assert scenes.kind(on_white - np.uint8(40), None) == "unbounded"
+    assert unbounded.kind(on_white, None) == "object"
+    assert unbounded.kind(on_white - np.uint8(40), None) == "unbounded"
     cut_off = on_white.copy()
     cut_off[:, 24:] = room[:, 24:]
-    assert scenes.kind(cut_off, None) == "object"
+    assert unbounded.kind(cut_off, None) == "object"
     # A sky that is too bright fills the upper border only.
     sky = room.copy()
     sky[:, :16] = 255
-    assert scenes.kind(sky, None) == "unbounded"
+    assert unbounded.kind(sky, None) == "unbounded"
 
 
 def test_points_that_are_given_come_first(key):
@@ -56,8 +56,8 @@ def test_points_that_are_given_come_first(key):
     points = rng.uniform(-1.0, 1.0, (150, 3)) * [0.3, 2.5, 1.6] + [2.7, 0.0, 0.0]
     points[:10] *= 1e6
     told = colmap.Points(points.astype(np.float32), rng.integers(0, 256, (150, 3), dtype=np.uint8))
-    config = splatting.configure(SPLATS, scenes.Scene())
-    begun = scenes.begin(config, images, lenses, told, key)
+    config = splatting.configure(SPLATS, unbounded.Scene())
+    begun = unbounded.begin(config, images, lenses, told, key)
     assert begun.given == 140
     assert begun.gaussians.means.shape == (400, 3)
     world = begun.place.origin[None] + begun.place.size * begun.gaussians.means[:140]
@@ -71,8 +71,8 @@ def test_points_that_are_given_come_first(key):
     far = np.linalg.norm(begun.gaussians.means, axis=1) > 0.9 * sweep.SweepConfig().far
     assert 20 <= far.sum() < 130
     # More of them than the budget has room for: the shell stays.
-    few = scenes.begin(
-        splatting.configure(splatting.SplatArgs(gaussians=50), scenes.Scene()),
+    few = unbounded.begin(
+        splatting.configure(splatting.SplatArgs(gaussians=50), unbounded.Scene()),
         images, lenses, told, key,
     )  # fmt: skip
     assert few.given == 48
@@ -81,15 +81,15 @@ def test_points_that_are_given_come_first(key):
 
 
 def test_recipes_of_scenes():
-    mini = splatting.configure(splatting.SplatArgs(), scenes.Scene(background="white"))
+    mini = splatting.configure(splatting.SplatArgs(), unbounded.Scene(background="white"))
     assert mini.background == "white"
     assert mini.contract
-    whole = splatting.configure(splatting.SplatArgs(fit="v3d", degree=1), scenes.Scene())
+    whole = splatting.configure(splatting.SplatArgs(fit="v3d", degree=1), unbounded.Scene())
     assert (whole.count, whole.degree) == (recipe.SCENE.count, 1)
     assert whole.loss.lpips == 0.0
     assert splatting.configure(splatting.SplatArgs()) == splatting.fit.MINI
     with pytest.raises(errors.UserError, match="faithful is for objects: give --fit v3d or mini"):
-        splatting.configure(splatting.SplatArgs(fit="faithful"), scenes.Scene())
+        splatting.configure(splatting.SplatArgs(fit="faithful"), unbounded.Scene())
 
 
 def test_what_a_user_can_get_wrong_is_one_line(tmp_path, source, monkeypatch, capsys):
@@ -111,7 +111,7 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path, source, monkeypatch, ca
     back = jnp.diag(jnp.asarray([-1.0, 1.0, -1.0, 1.0]))
     poses = jnp.stack([jnp.eye(4).at[2, 3].set(-0.3), back.at[2, 3].set(-0.3)])
     apart = room_views.batch(poses)
-    drawn = rooms.draw(rooms.room(0), apart, (room_views.HEIGHT, room_views.WIDTH), 1)
+    drawn = walls.draw(walls.room(0), apart, (room_views.HEIGHT, room_views.WIDTH), 1)
     room_views.write(tmp_path / "apart", (drawn * 255.0).astype(np.uint8), apart)
     assert "no two cameras look at the same place" in line(tmp_path / "apart")
     assert not out.exists()
@@ -140,7 +140,7 @@ def test_pictures_of_a_room_become_gaussians(tmp_path, source, capsys):
     assert frames[0].shape == (room_views.HEIGHT, room_views.WIDTH, 3)
     # The file's world is that of the cameras.
     made = gaussians.load_ply(path / "splats.ply")
-    inside = (np.abs(np.asarray(made.means)) < 1.3 * rooms.room(0).half).all(axis=1)
+    inside = (np.abs(np.asarray(made.means)) < 1.3 * walls.room(0).half).all(axis=1)
     assert inside.mean() > 0.6
     place = np.asarray(camera.position(room_views.shots().cameras)).mean(axis=0)
     far = np.linalg.norm(np.asarray(made.means) - place, axis=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import room_views
 
-from v3d_jax.data import rooms
+from v3d_jax.data import walls
 from v3d_jax.ops import camera, metrics
 from v3d_jax.splat import densify, fit, path, rasterize, recipe, scene, start, sweep
 
@@ -78,14 +78,14 @@ def test_swept_points_lie_on_the_walls_and_on_the_shell(swept):
     shell = sweep.SweepConfig().on_shell(COUNT)
     assert shell == COUNT // 20
     world = place.origin[None] + place.size * swept.positions
-    of_wall = np.abs(np.asarray(world) / rooms.room(0).half).max(axis=1)[:-shell]
+    of_wall = np.abs(np.asarray(world) / walls.room(0).half).max(axis=1)[:-shell]
     found = np.mean(np.abs(of_wall - 1.0) < 0.15)
     # Blindly in disparity: the same rays with nothing to compare.
     images = jnp.full((12, room_views.HEIGHT, room_views.WIDTH, 3), 0.5)
     lenses = inside(~room_views.HELD)[1]
     blind = SWEEP(jax.random.key(0), images, lenses, COUNT, sweep.SweepConfig()).positions
     world = place.origin[None] + place.size * blind
-    of_wall = np.abs(np.asarray(world) / rooms.room(0).half).max(axis=1)[:-shell]
+    of_wall = np.abs(np.asarray(world) / walls.room(0).half).max(axis=1)[:-shell]
     assert found > 0.6
     assert np.mean(np.abs(of_wall - 1.0) < 0.15) < 0.3
     length = np.linalg.norm(swept.positions, axis=1)
@@ -96,13 +96,13 @@ def test_swept_points_lie_on_the_walls_and_on_the_shell(swept):
 
 def test_shell_shows_what_is_far_away():
     """Alone, and unfitted, better than one colour a view of walls sixty extents away."""
-    room = rooms.room(1)
+    room = walls.room(1)
     far = room._replace(
         half=60.0 * room.half, waves=room.waves / np.asarray([60.0] * 2 + [1.0] * 4)
     )
     far = far._replace(pictures=room.pictures * np.asarray([60.0] * 4 + [1.0] * 3))
     _, lenses = inside(~room_views.HELD)
-    images = rooms.draw(far, lenses, (room_views.HEIGHT, room_views.WIDTH), supersample=2)
+    images = walls.draw(far, lenses, (room_views.HEIGHT, room_views.WIDTH), supersample=2)
     config = sweep.SweepConfig(shell=1.0)
     found = SWEEP(jax.random.key(0), jnp.asarray(images), lenses, COUNT, config)
     gaussians = start.from_points(found.positions, found.colors, opacity=0.9)
