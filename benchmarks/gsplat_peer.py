@@ -37,7 +37,7 @@ _MCMC_STOP, _DEFAULT_STOP = 25 / 30, 15 / 30
 class Fitted(NamedTuple):
     """What a fit made, and what it cost."""
 
-    renders: np.ndarray  # of the held-out cameras on white, float32 [v, h, w, 3], clipped to [0, 1]
+    renders: np.ndarray  # of the held-out cameras, float32 [v, h, w, 3], clipped to [0, 1]
     gaussians: int
     seconds: float  # of the fit, compilation included
     rate: float  # view-steps a second, after the first tenth
@@ -68,8 +68,8 @@ def run(
 ) -> Fitted:
     """Fits `start` to `targets` by `config`'s losses, rates, views a step and number of steps.
 
-    On white. `lpips_params` are VGG16's, needed if the losses have an LPIPS term. `rasterization`
-    stands in for gsplat's own.
+    On the fit's background. `lpips_params` are VGG16's, needed if the losses have an LPIPS term.
+    `rasterization` stands in for gsplat's own.
     """
     import torch
 
@@ -85,6 +85,7 @@ def run(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     scene = _Scene(config, targets, lpips_params, device)
+    behind = torch.tensor(np.array(fit.behind(config)), device=device)
     extent = float(fit.extent(targets.cameras))
     params, optimizers = _optimizers(config, _start(strategy, start), extent, device)
     fall = config.rates.means_left ** (1.0 / config.steps)
@@ -104,7 +105,8 @@ def run(
         if step == config.steps // 10:
             settled = wait()
         degree = min(step // config.degree_every, config.degree)
-        color, _, info = _draw(rasterization, params, scene.cameras(chosen), degree, scene.size)
+        lenses = scene.cameras(chosen)
+        color, _, info = _draw(rasterization, params, lenses, degree, scene.size, behind)
         policy.step_pre_backward(params, optimizers, state, step, info)
         loss = scene.loss(color, chosen)
         if strategy == "mcmc":
@@ -124,7 +126,7 @@ def run(
     with torch.no_grad():
         for pose, lens in zip(poses, intrinsics, strict=True):
             one = (pose[None], lens[None])
-            color = _draw(rasterization, params, one, config.degree, scene.size)[0]
+            color = _draw(rasterization, params, one, config.degree, scene.size, behind)[0]
             renders.append(color[0].clamp(0.0, 1.0).cpu().numpy())
     left = config.steps - config.steps // 10
     rate = left * config.views / max(ended - settled, 1e-9)
@@ -267,8 +269,9 @@ def _draw(
     lenses: tuple[Any, Any],
     degree: int,
     size: tuple[int, int],
+    behind: Any,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """gsplat's renders on white, alphas and what its strategies want to know."""
+    """gsplat's renders on a colour, alphas and what its strategies want to know."""
     import torch
 
     sh = params["sh0"]
@@ -286,5 +289,5 @@ def _draw(
         height=size[1],
         sh_degree=degree,
         packed=False,
-        backgrounds=torch.ones(len(lenses[0]), 3, device=sh.device),
+        backgrounds=behind.expand(len(lenses[0]), 3),
     )

@@ -80,7 +80,7 @@ def main(args: LegoArgs) -> None:
         steps = args.steps * args.views
         print(splat_fits.row(str(args.size), name, steps, fitted, scores), flush=True)
         if args.save is not None:
-            _save(args.save / name, fitted.renders, truth)
+            splat_fits.save(args.save / name, fitted.renders, truth)
 
     raster = splat_fits.capacity(config, [(targets, start)], args.block)
     report("ours", splat_fits.ours(config, targets, start, lenses, key, raster=raster))
@@ -88,15 +88,6 @@ def main(args: LegoArgs) -> None:
     for strategy in splat_fits.peers(list(args.peers)):
         fitted = gsplat_peer.run(strategy, alone, targets, start, lenses, seed=args.seed)
         report(f"gsplat {strategy}", fitted)
-
-
-def _save(folder: Path, renders: np.ndarray, truth: np.ndarray) -> None:
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for view, pair in enumerate(zip(renders, truth, strict=True)):
-        pixels = (np.concatenate(pair, axis=1) * 255.0 + 0.5).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{view:03d}.png")
 
 
 if __name__ == "__main__":

@@ -167,10 +167,10 @@ def main(args: OrbitArgs) -> None:
             made = gsplat_peer.run(strategy, alone, *scene, seed=args.seed, lpips_params=weights)
             report(orbit, f"gsplat {strategy}", made)
     for name, rows in found.items():
-        print(splat_fits.row(f"mean of {len(rows)}", name, args.steps, *_mean(rows)))
+        print(splat_fits.row(f"mean of {len(rows)}", name, args.steps, *mean(rows)))
 
 
-def _mean(
+def mean(
     rows: list[tuple[gsplat_peer.Fitted, splat_fits.Scores]],
 ) -> tuple[gsplat_peer.Fitted, splat_fits.Scores]:
     """Means over objects; of the memory, the most."""

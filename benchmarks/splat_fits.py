@@ -5,6 +5,7 @@ Axes: v view, h w image.
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gsplat_peer
@@ -108,7 +109,7 @@ def ours(
     raster: rasterize.RasterConfig,
     lpips_params: Any = None,
 ) -> Fitted:
-    """Our fit from `gaussians`, and its renders of the held-out cameras on white."""
+    """Our fit from `gaussians`, and its renders of the held-out cameras on its background."""
     start = time.perf_counter()
     network = None
     if config.loss.lpips:
@@ -136,7 +137,7 @@ def ours(
         raster = rasterize.with_room(raster, needed)
     renders = []
     for view in range(len(held.intrinsics)):
-        color = _draw(found, part(held, np.asarray([view])), raster, jnp.ones(3)).color
+        color = _draw(found, part(held, np.asarray([view])), raster, fit.behind(config)).color
         renders.append(np.clip(np.asarray(color[0]), 0.0, 1.0))
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
@@ -146,6 +147,16 @@ def ours(
 
 _needed = jax.jit(rasterize.needed_slots, static_argnums=2)
 _draw = jax.jit(rasterize.rasterize, static_argnums=2)
+
+
+def save(folder: Path, renders: np.ndarray, truth: np.ndarray) -> None:
+    """Renders beside the truth, a picture a view."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for view, pair in enumerate(zip(renders, truth, strict=True)):
+        pixels = (np.concatenate(pair, axis=1) * 255.0 + 0.5).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{view:03d}.png")
 
 
 def header(first: str, judge: Judge) -> str:

@@ -5,10 +5,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import pytest
+# Half the time to compile on a CPU, operations outside of jit as well. Read when jax is imported.
+PLATFORM = os.environ.get("V3D_TEST_PLATFORM", "cpu")
+if PLATFORM == "cpu":
+    FAST_COMPILE = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 
-jax.config.update("jax_platforms", os.environ.get("V3D_TEST_PLATFORM", "cpu"))
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(

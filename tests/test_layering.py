@@ -13,8 +13,16 @@ LAYERS = (
     ("nn", "diffusion", "splat", "sdf", "mesh"),
     ("weights", "checkpoint", "data"),
     (
-        *("pipeline", "config", "state", "training", "console"),
-        *("splatting", "surfacing", "meshing", "scenes"),
+        "pipeline",
+        "config",
+        "state",
+        "training",
+        "console",
+        "unbounded",
+        "splatting",
+        "surfacing",
+        "meshing",
+        "scenes",
     ),
     ENTRY,
 )

@@ -13,7 +13,7 @@ from PIL import Image
 from v3d_jax import errors, meshing, reconstruct, splatting, surfacing
 from v3d_jax.data import output
 from v3d_jax.ops import camera
-from v3d_jax.splat import gaussians, rasterize, start
+from v3d_jax.splat import gaussians, path, rasterize, start
 from v3d_jax.weights import lpips as lpips_weights
 
 SIZE, VIEWS = 32, 6
@@ -212,7 +212,7 @@ def test_turn_goes_round_what_the_cameras_look_at():
     swap = jnp.asarray([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])  # new to old axes
     pose = jnp.eye(4).at[:3, :3].set(swap).at[:3, 3].set(-swap @ shift)
     moved = told._replace(world_to_camera=told.world_to_camera @ pose[None])
-    turn = splatting.turn(moved, 12)
+    turn = path.turn(moved, 12)
     expected = camera.orbit(12, width=8, height=8, elevation=20.0, radius=3.0)
     np.testing.assert_allclose(
         turn.world_to_camera, expected.world_to_camera @ pose[None], atol=2e-3

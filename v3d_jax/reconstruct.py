@@ -1,5 +1,7 @@
 """Posed views to 3D Gaussians or a mesh: `python -m v3d_jax.reconstruct SOURCE --out DIR`.
 
+The views are of an object (on white or with alpha) or of an unbounded scene around the cameras.
+
 SOURCE is a folder that `python -m v3d_jax.sample` wrote, a transforms file or its folder, the mp4
 of an orbit, or a folder with a COLMAP model. DIR gets splats.ply and splats.mp4, with
 `--stages splats,mesh` also mesh.glb, preview.png and report.json (docs/method.md).
@@ -7,12 +9,12 @@ of an orbit, or a folder with a COLMAP model. DIR gets splats.ply and splats.mp4
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from v3d_jax import console, errors, meshing, splatting, surfacing
+from v3d_jax import console, errors, meshing, splatting, surfacing, unbounded
 from v3d_jax.data import output, views
 
 STAGES = ("splats", "mesh")
@@ -20,7 +22,7 @@ STAGES = ("splats", "mesh")
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructArgs:
-    """Fits 3D Gaussians, a mesh or both to posed views."""
+    """Fits 3D Gaussians, a mesh or both to posed views of an object, or Gaussians to a scene."""
 
     source: tyro.conf.Positional[Path]
     """A result of v3d_jax.sample, a transforms file or its folder, an mp4, a COLMAP model."""
@@ -37,6 +39,13 @@ class ReconstructArgs:
     mesh: Annotated[meshing.MeshArgs, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=meshing.MeshArgs
     )
+    scene: Literal["auto", "object", "unbounded"] = "auto"
+    """An object, or an unbounded scene whose pictures are fitted whole; auto: an object if there is
+    alpha or a mask, or if the pictures' borders are white."""
+    background: Literal["black", "white", "random"] = "black"
+    """Behind all Gaussians of an unbounded scene; random, anew each step, leaves none of it."""
+    hold_out: int = 0
+    """Scores every N-th view, the first included, instead of fitting it; 0: none."""
     max_side: int = views.MAX_SIDE
     """Pictures longer than this many pixels are shrunk."""
     tolerated: int = 0
@@ -67,11 +76,11 @@ def run(args: ReconstructArgs) -> Path:
         given = views.read(args.source, max_side=args.max_side)
     for remark in given.notes:
         console.note(remark)
-    frames = splatting.Frames(given.images, given.alpha, given.cameras, args.tolerated)
+    frames, held = _frames(args, given)
     written: dict[str, Any] = {}
     reports, made, failure = {}, [], None
     if "splats" in wanted:
-        splats = splatting.reconstruct(args.splats, frames, args.seed, seconds)
+        splats = splatting.reconstruct(args.splats, frames, args.seed, seconds, held)
         reports["splats"], written["splats"] = splats.report, output.Splats(*splats[:3])
         made.append(splatting.told(splats, seconds))
     if "mesh" in wanted:
@@ -86,11 +95,12 @@ def run(args: ReconstructArgs) -> Path:
             if not written:
                 raise
             failure = error
-    shown = (views.on_white(given.images, given.alpha) * 255.0 + 0.5).astype(np.uint8)
+    shown = (views.on_white(frames.images, frames.alpha) * 255.0 + 0.5).astype(np.uint8)
     report = {
         "source": str(args.source),
         "views": len(given.images),
         "size": [given.images.shape[2], given.images.shape[1]],
+        "scene": "object" if frames.scene is None else "unbounded",
         "notes": list(given.notes),
         "seed": args.seed,
         **reports,
@@ -101,6 +111,33 @@ def run(args: ReconstructArgs) -> Path:
     if failure is not None:
         raise errors.UserError(f"{args.out} has no mesh: {failure}")
     return args.out
+
+
+def _frames(
+    args: ReconstructArgs, given: views.Views
+) -> tuple[splatting.Frames, splatting.Frames | None]:
+    """The frames to fit, and those that are held out."""
+    kind = unbounded.kind(given.images, given.alpha) if args.scene == "auto" else args.scene
+    whole = splatting.Frames(given.images, given.alpha, given.cameras, args.tolerated)
+    if kind == "unbounded":
+        if "mesh" in _stages(args.stages):
+            raise errors.UserError(
+                f"{args.source}: a mesh is made of an object on white or with alpha, and this is "
+                "an unbounded scene: give --stages splats, or --scene object if it is none"
+            )
+        if given.alpha is not None:
+            console.note("masks and alpha are not used: a scene's pictures are fitted whole")
+        scene = unbounded.Scene(given.points, args.background)
+        whole = whole._replace(alpha=None, scene=scene)
+    if not args.hold_out:
+        return whole, None
+    held = np.arange(len(given.images)) % args.hold_out == 0
+    if held.sum() < 1 or (~held).sum() < 2:
+        raise errors.UserError(
+            f"--hold-out {args.hold_out} leaves {(~held).sum()} of {len(held)} views to fit and "
+            f"{held.sum()} to score: two and one are needed"
+        )
+    return splatting.part(whole, ~held), splatting.part(whole, held)
 
 
 def _stages(text: str) -> list[str]:
@@ -115,6 +152,8 @@ def _check(args: ReconstructArgs) -> None:
         )
     if not 0 <= args.seed < 2**32:
         raise errors.UserError(f"--seed {args.seed}: a number from 0 to {2**32 - 1} is needed")
+    if args.hold_out < 0 or args.hold_out == 1:
+        raise errors.UserError(f"--hold-out {args.hold_out}: 0 or at least 2 is needed")
     if args.tolerated < 0:
         raise errors.UserError(f"--tolerated {args.tolerated}: at least 0 is needed")
     if args.max_side < splatting.MIN_SIDE:

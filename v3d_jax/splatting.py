@@ -11,20 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from v3d_jax import console, errors, pipeline
+from v3d_jax import console, errors, pipeline, unbounded
 from v3d_jax.data import views
 from v3d_jax.nn import lpips
 from v3d_jax.ops import camera, compiling, metrics
 from v3d_jax.ops import image as images
-from v3d_jax.splat import carve, cloud, fit, rasterize, recipe, silhouette
+from v3d_jax.splat import carve, cloud, fit, path, rasterize, recipe, scene, silhouette
 from v3d_jax.splat.gaussians import MAX_DEGREE, Gaussians
 from v3d_jax.weights import lpips as lpips_weights
 
 MIN_SIDE = 16  # pixels: what SSIM's window and VGG16's pooling need
 TURN_FRAMES = 90
-STAGES = ("carve", "fit", "render")  # names of the times spent
+STAGES = ("carve", "sweep", "fit", "render")  # names of the times spent, the first two in turn
 _ALEXNET_SIDE = 31
 _PRESETS = {"v3d": fit.V3D, "faithful": fit.FAITHFUL, "mini": fit.MINI}
+_SCENE_PRESETS = {"v3d": recipe.SCENE, "mini": recipe.SCENE_MINI}
 _CHUNKS = 20  # of a fit: how often progress is told
 
 
@@ -33,7 +34,8 @@ class SplatArgs:
     """Settings of the splats that a command line offers."""
 
     fit: Literal["auto", "v3d", "faithful", "mini"] = "auto"
-    """Recipe: V3D's with L1 added, exactly V3D's losses, or a small one; auto: mini on a CPU."""
+    """Recipe: V3D's with L1 added, exactly V3D's losses, or a small one; auto: mini on a CPU.
+    Of unbounded scenes v3d is 3DGS-MCMC's, and there is no faithful one."""
     gaussians: int | None = None
     """How many Gaussians, instead of the recipe's own."""
     fit_steps: int | None = None
@@ -47,16 +49,26 @@ class SplatArgs:
 
 
 class Frames(NamedTuple):
-    """Posed frames of one object."""
+    """Posed frames of one object, or of an unbounded scene."""
 
     images: UInt8[np.ndarray, "v h w 3"]
     alpha: UInt8[np.ndarray, "v h w"] | None  # None: opaque, the object on white
     cameras: camera.Camera
     tolerated: int = 0  # frames that may miss a part of the object, as generated ones do
+    scene: unbounded.Scene | None = None  # None: of an object
+
+
+def part(frames: Frames, chosen: np.ndarray) -> Frames:
+    """Some of the frames, by their numbers or a mask."""
+    return frames._replace(
+        images=frames.images[chosen],
+        alpha=None if frames.alpha is None else frames.alpha[chosen],
+        cameras=camera.Camera(*(field[chosen] for field in frames.cameras)),
+    )
 
 
 class Result(NamedTuple):
-    """Gaussians, what they look like on white, and the report's entry."""
+    """Gaussians, what they look like (an object on white), and the report's entry."""
 
     gaussians: Gaussians
     renders: UInt8[np.ndarray, "v h w 3"]
@@ -76,10 +88,23 @@ def check(args: SplatArgs) -> None:
         raise errors.UserError(f"--degree {args.degree}: at most {MAX_DEGREE} is possible")
 
 
-def configure(args: SplatArgs) -> fit.FitConfig:
-    """The recipe with the command line's settings put in; its schedule follows the steps."""
+def configure(args: SplatArgs, scene: unbounded.Scene | None = None) -> fit.FitConfig:
+    """The recipe with the command line's settings put in; its schedule follows the steps.
+
+    Raises `UserError` for a recipe that scenes do not have.
+    """
     automatic = "mini" if jax.default_backend() == "cpu" else "v3d"
-    config = _PRESETS[automatic if args.fit == "auto" else args.fit]
+    presets, name = _PRESETS, automatic if args.fit == "auto" else args.fit
+    if scene is not None:
+        presets = {
+            key: dataclasses.replace(preset, background=scene.background)
+            for key, preset in _SCENE_PRESETS.items()
+        }
+    if name not in presets:
+        raise errors.UserError(
+            f"--fit {name} is for objects: give --fit {' or '.join(presets)} for a scene"
+        )
+    config = presets[name]
     schedule = config.densify
     if args.fit_steps is not None:
         part = args.fit_steps / config.steps
@@ -96,13 +121,20 @@ def configure(args: SplatArgs) -> fit.FitConfig:
     return dataclasses.replace(config, densify=schedule, view_gain=args.view_gain, **changes)
 
 
-def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, float]) -> Result:
+def reconstruct(
+    args: SplatArgs,
+    frames: Frames,
+    seed: int,
+    seconds: dict[str, float],
+    held: Frames | None = None,
+) -> Result:
     """Fits Gaussians to frames; adds the stages' times to `seconds`, compilation included.
 
-    Raises `UserError` where the frames show nothing, are all alike, or are too small.
+    `held` are frames that are not fitted, only scored. Raises `UserError` where the frames show
+    nothing, are all alike, or are too small, and where a scene's do not overlap.
     """
     check_frames(frames)
-    config = configure(args)
+    config = configure(args, frames.scene)
     network, params = None, None
     if config.loss.lpips and (params := load_lpips("vgg", "the fit goes on with L1 and DSSIM")):
         network = pipeline.perceptual(network_dtype())
@@ -110,19 +142,20 @@ def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, f
         loss = dataclasses.replace(config.loss, lpips=0.0, l1=config.loss.l1 or 0.8)
         config = dataclasses.replace(config, loss=loss)
     start_key, fit_key = jax.random.split(jax.random.key(seed))
-    with console.progress(seconds, "carve", 1) as bar:
-        begun, gaussians = _begin(config, frames, start_key)
+    with console.progress(seconds, "carve" if frames.scene is None else "sweep", 1) as bar:
+        begun = _begin(config, frames, start_key)
         bar.update()
-    if (remark := cloud.describe(begun)) is not None:
-        console.note(remark)
+    if begun.remark is not None:
+        console.note(begun.remark)
+    gaussians, cameras = begun.gaussians, begun.inside(frames.cameras)
     height, width = frames.images.shape[1:3]
     raster = rasterize.RasterConfig(width=width, height=height)
-    needed = _needed(gaussians, frames.cameras, raster)
+    needed = _needed(gaussians, cameras, raster)
     raster = rasterize.with_room(raster, min(int(needed) * config.views, 2**30), slack=1.5)
     targets = fit.Targets(
         jnp.asarray(frames.images),
         None if frames.alpha is None else jnp.asarray(frames.alpha),
-        frames.cameras,
+        cameras,
     )
     with console.progress(seconds, "fit", config.steps) as bar:
 
@@ -142,48 +175,35 @@ def reconstruct(args: SplatArgs, frames: Frames, seed: int, seconds: dict[str, f
             progress=told,
         )
     gaussians = state.parameters.gaussians
-    path = turn(frames.cameras, TURN_FRAMES)
-    with console.progress(seconds, "render", len(frames.images) + TURN_FRAMES) as bar:
-        renders = _draw(gaussians, frames.cameras, raster, bar)
-        film = _draw(gaussians, path, raster, bar)
+    back = fit.behind(config)
+    filmed = (path.turn if frames.scene is None else path.along)(cameras, TURN_FRAMES)
+    if held is not None:
+        both = zip(cameras, begun.inside(held.cameras), strict=True)
+        cameras = camera.Camera(*(jnp.concatenate(pair) for pair in both))
+    with console.progress(seconds, "render", len(cameras.intrinsics) + TURN_FRAMES) as bar:
+        drawn = _draw(gaussians, cameras, raster, back, bar)
+        film = _draw(gaussians, filmed, raster, back, bar)
+    renders, others = np.split(drawn, [len(frames.images)])
     report = {
         "fit": dataclasses.asdict(config),
-        "carved": bool(begun.carved),
+        **begun.facts,
         "slots": raster.slots,
         "moved": int(state.moved),
         **scores(renders, views.on_white(frames.images, frames.alpha)),
     }
-    return Result(gaussians, renders, film, report)
+    if held is not None:
+        truth = views.on_white(held.images, held.alpha)
+        report["held_out"] = {"views": len(truth), **scores(others, truth)}
+    return Result(begun.outside(gaussians), renders, film, report)
 
 
 def told(result: Result, seconds: dict[str, float]) -> str:
     """A run's last line on it."""
-    spent = sum(seconds[stage] for stage in STAGES)
+    spent = sum(seconds.get(stage, 0.0) for stage in STAGES)
     count = result.gaussians.means.shape[0]
-    return f"{count} Gaussians in {spent:.1f} s ({result.report['psnr']:.2f} dB)"
-
-
-def turn(cameras: camera.Camera, count: int) -> camera.Camera:
-    """`count` cameras once around what `cameras` look at, starting near the first of them.
-
-    At their mean distance and height, with the first one's intrinsics; up is what is up in most of
-    their pictures.
-    """
-    centre = carve.viewing_box(cameras).centre
-    up = -cameras.world_to_camera[:, 1, :3].mean(axis=0)
-    up = up / jnp.maximum(jnp.linalg.norm(up), 1e-6)
-    offset = camera.position(cameras) - centre[None]
-    height = (offset * up[None]).sum(axis=1)
-    across = offset - height[:, None] * up[None]
-    radius = jnp.linalg.norm(across, axis=1)
-    first = across[jnp.argmax(radius > 0.1 * radius.max())]
-    right = first / jnp.linalg.norm(first)
-    angle = (2.0 * jnp.pi / count * jnp.arange(count))[:, None]
-    ring = jnp.cos(angle) * right[None] + jnp.sin(angle) * jnp.cross(up, right)[None]
-    place = centre[None] + radius.mean() * ring + height.mean() * up[None]
-    pose = camera.look_at(place, centre, up)
-    same = (jnp.broadcast_to(part[:1], (count, *part.shape[1:])) for part in cameras[1:])
-    return camera.Camera(pose, *same)
+    held = result.report.get("held_out")
+    more = "" if held is None else f", {held['psnr']:.2f} dB on {held['views']} views held out"
+    return f"{count} Gaussians in {spent:.1f} s ({result.report['psnr']:.2f} dB{more})"
 
 
 def check_frames(frames: Frames) -> None:
@@ -195,7 +215,7 @@ def check_frames(frames: Frames) -> None:
         )
     if frames.alpha is None and (frames.images == frames.images[:1]).all():
         raise errors.UserError("all frames are identical: views from different sides are needed")
-    if not masks(frames).any():
+    if frames.scene is None and not masks(frames).any():
         raise errors.UserError(
             "the frames show no object: every one is empty, or white all over; give views of an "
             "object on white or with alpha"
@@ -214,12 +234,33 @@ def masks(frames: Frames) -> np.ndarray:
     return np.asarray(_from_white(jnp.asarray(frames.images)))
 
 
-def _begin(config: fit.FitConfig, frames: Frames, key: Array) -> tuple[cloud.Cloud, Gaussians]:
+class _Begun(NamedTuple):
+    """Where a fit starts, in which frame of measure, and what to tell of it."""
+
+    gaussians: Gaussians
+    place: scene.Frame | None  # None: the world
+    remark: str | None
+    facts: dict[str, Any]
+
+    def inside(self, cameras: camera.Camera) -> camera.Camera:
+        return cameras if self.place is None else scene.cameras_inside(self.place, cameras)
+
+    def outside(self, gaussians: Gaussians) -> Gaussians:
+        return gaussians if self.place is None else scene.gaussians_outside(self.place, gaussians)
+
+
+def _begin(config: fit.FitConfig, frames: Frames, key: Array) -> _Begun:
+    if frames.scene is not None:
+        started = unbounded.begin(config, frames.images, frames.cameras, frames.scene.points, key)
+        facts = {"extent": float(started.place.size), "given_points": started.given}
+        return _Begun(started.gaussians, started.place, None, facts)
     tolerated = min(frames.tolerated, len(frames.images) - 1)
     whole = recipe.SplatConfig(config, carve.CarveConfig(tolerated=tolerated))
     begin = jax.jit(recipe.begin, static_argnums=0)
     pictures, silhouettes = jnp.asarray(frames.images), jnp.asarray(masks(frames))
-    return jax.block_until_ready(begin(whole, pictures, silhouettes, frames.cameras, key))
+    begun, gaussians = begin(whole, pictures, silhouettes, frames.cameras, key)
+    gaussians = jax.block_until_ready(gaussians)
+    return _Begun(gaussians, None, cloud.describe(begun), {"carved": bool(begun.carved)})
 
 
 _needed = jax.jit(rasterize.needed_slots, static_argnums=2)
@@ -227,14 +268,18 @@ _render = jax.jit(rasterize.rasterize, static_argnums=2)
 
 
 def _draw(
-    gaussians: Gaussians, cameras: camera.Camera, raster: rasterize.RasterConfig, bar: Any
+    gaussians: Gaussians,
+    cameras: camera.Camera,
+    raster: rasterize.RasterConfig,
+    back: Float[Array, "3"],
+    bar: Any,
 ) -> UInt8[np.ndarray, "v h w 3"]:
-    """Renders on white, a view at a time."""
+    """Renders on a background, a view at a time."""
     raster = rasterize.with_room(raster, _needed(gaussians, cameras, raster))
     frames = []
     for view in range(cameras.intrinsics.shape[0]):
         lens = camera.Camera(*(part[view : view + 1] for part in cameras))
-        color = np.asarray(_render(gaussians, lens, raster, jnp.ones(3)).color[0])
+        color = np.asarray(_render(gaussians, lens, raster, back).color[0])
         frames.append((np.clip(color, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
         bar.update()
     return np.stack(frames)

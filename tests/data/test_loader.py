@@ -98,8 +98,10 @@ def test_hosts_share_the_batch_of_one(world):
     for step, batch in enumerate(whole):
         for rank, (found, part_state) in enumerate(parts):
             assert part_state == state
+            size = len(batch["index"]) // world
             for name, value in found[step].items():
-                np.testing.assert_array_equal(value, batch[name][rank::world])
+                wanted = batch[name][rank * size : (rank + 1) * size]
+                np.testing.assert_array_equal(value, wanted)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
@@ -111,7 +113,7 @@ def test_a_restored_stream_goes_on_exactly(stop):
     # ... also on another number of hosts
     half, _ = take(Numbers(), 7 - stop, state=state, rank=1, world=2)
     for batch, part in zip(whole[stop:], half, strict=True):
-        np.testing.assert_array_equal(part["frames"], batch["frames"][1::2])
+        np.testing.assert_array_equal(part["frames"], batch["frames"][2:])
 
 
 def test_a_running_stream_can_be_set_back():

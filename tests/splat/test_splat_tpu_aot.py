@@ -50,6 +50,7 @@ def test_compiles_for_tpu(topology, accelerator, kind, direction):
     if util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install '.[tpu-aot]'")
     environment = os.environ | {
+        "XLA_FLAGS": "",  # the tests' are a CPU's
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": accelerator,

@@ -180,11 +180,11 @@ def turn(start: int, num_frames: int, views: int) -> Int[np.ndarray, " t"]:
 def batches(
     clips: Clips, config: LoaderConfig, *, pictures: int = 0, rank: int = 0, world: int = 1
 ) -> Batches:
-    """An endless stream of this host's part of every batch: clips `rank`, `rank + world`, ...
+    """An endless stream of this host's part of every batch: the `rank`-th of `world` in a row.
 
-    Every epoch is shuffled anew, and every clip starts where `random_start` has it start;
-    `PathClips` choose their frames themselves. With
-    `pictures`, so many random frames of each of the `PicturedClips` come as "pictures" uint8
+    Parts laid one behind the other are the batch of one host. Every epoch is shuffled anew, and
+    every clip starts where `random_start` has it start; `PathClips` choose their frames themselves.
+    With `pictures`, so many random frames of each of the `PicturedClips` come as "pictures" uint8
     [b,k,h,w,3], and their places in the clip as "places" [b,k]. Raises ValueError if the batch
     cannot be divided among `world` hosts or the views among the frames, and if a clip has fewer
     frames than `pictures`.
@@ -204,6 +204,11 @@ def batches(
         dataset = dataset.shuffle()
     draw = functools.partial(_draw, clips=clips, config=config, pictures=pictures)
     dataset = dataset.repeat().random_map(draw)
+    if world > 1:
+        # Grain deals clips out one at a time. What is drawn for a clip in training goes by its
+        # place in the batch, which must be the same on any number of hosts.
+        pick = functools.partial(_pick, source=dataset, batch=config.batch_size, world=world)
+        dataset = grain.MapDataset.range(len(dataset)).map(pick)
     return grain.experimental.ElasticIterator(
         dataset,
         config.batch_size,
@@ -213,6 +218,12 @@ def batches(
         ),
         multiprocessing_options=_worker_processes(config.workers),
     )
+
+
+def _pick(place: int, *, source: Any, batch: int, world: int) -> Any:
+    """The clip for a place in the stream that is dealt out to hosts in turn."""
+    offset = int(place) % batch
+    return source[int(place) - offset + offset % world * (batch // world) + offset // world]
 
 
 def _draw(

@@ -96,10 +96,11 @@ def relocate(key: Key[Array, ""], gaussians: Gaussians, min_opacity: float) -> R
 
 
 def exploration(
-    key: Key[Array, ""], gaussians: Gaussians, size: Float[Array, ""]
+    key: Key[Array, ""], gaussians: Gaussians, size: Float[Array, ""] | Float[Array, "n"]
 ) -> Float[Array, "n 3"]:
     """A random step of the means, world units: covariance times normal noise times `size` (eq. 8).
 
+    `size` is one for all, or one for each.
     Gated by opacity: half of it at 0.005, next to nothing for what is seen.
     """
     gate = jax.nn.sigmoid(-100.0 * (gaussians.opacities - 0.005))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from v3d_jax.errors import UserError
 from v3d_jax.ops import camera, compiling
-from v3d_jax.splat import densify, objective, rasterize, silhouette
+from v3d_jax.splat import densify, objective, rasterize, scene, silhouette
 from v3d_jax.splat.densify import DensifyConfig
 from v3d_jax.splat.gaussians import Gaussians, sh_degree
 from v3d_jax.splat.objective import LossConfig, Perceptual
@@ -60,6 +60,7 @@ class FitConfig:
     scale: float = 1.0  # at the start, of the distance to neighbours
     background: Literal["white", "black", "random"] = "white"
     view_gain: bool = False  # a colour gain a view, for frames that disagree
+    contract: bool = False  # lengths grow with the range: cameras are those of a `scene.Frame`
     loss: LossConfig = field(default_factory=LossConfig)
     rates: RateConfig = field(default_factory=RateConfig)
     densify: DensifyConfig = field(default_factory=DensifyConfig)
@@ -140,6 +141,11 @@ def gains(log_gain: Float[Array, "v 3"]) -> Float[Array, "v 3"]:
     return jnp.exp(log_gain - log_gain.mean(axis=0, keepdims=True))
 
 
+def behind(config: FitConfig) -> Float[Array, "3"]:
+    """What is behind all Gaussians in renders: the fit's background, black if that is random."""
+    return jnp.full(3, _BACKGROUNDS.get(config.background, 0.0))
+
+
 def with_features(
     config: FitConfig, targets: Targets, perceptual: Perceptual | None, params: Any
 ) -> Targets:
@@ -151,8 +157,7 @@ def with_features(
         return targets._replace(features=None)
     if config.background == "random" and targets.alpha is not None:
         raise ValueError("random backgrounds change transparent targets: set loss.lpips to 0")
-    back = jnp.full(3, _BACKGROUNDS.get(config.background, 0.0))
-    images = _composited(targets.images, targets.alpha, back)
+    images = _composited(targets.images, targets.alpha, behind(config))
     features = objective.target_features(config.loss, perceptual, params, images)
     return targets._replace(features=features)
 
@@ -242,7 +247,7 @@ def _step(
     if config.background == "random":
         back = jax.random.uniform(background_key, (3,))
     else:
-        back = jnp.full(3, _BACKGROUNDS[config.background])
+        back = behind(config)
     wanted = _composited(seen.images, seen.alpha, back)
 
     def loss(parameters: Parameters) -> tuple[Array, Array]:
@@ -259,7 +264,10 @@ def _step(
             distance = perceptual.distance(params, found, seen.features)
             value = value + config.loss.lpips * jnp.mean(distance)
         moving = state.step < config.densify.stop
-        value = value + objective.regularization(config.loss, gaussians, size, moving)
+        unit = size
+        if config.contract:
+            unit = lax.stop_gradient(size * scene.unit(gaussians.means))
+        value = value + objective.regularization(config.loss, gaussians, unit, moving)
         return value, render.slots
 
     (value, slots), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
@@ -267,6 +275,9 @@ def _step(
     rates = _rates(config, state, size)
     moved_to = jax.tree.map(lambda p, u, rate: p - rate * u, state.parameters, update, rates)
     gaussians, wander = moved_to.gaussians, config.densify.noise * rates.gaussians.means
+    if config.contract:
+        # Equation 8 in units: a variance is divided by two of them and a step multiplied by one.
+        wander = wander[:, 0] / jnp.square(scene.unit(gaussians.means))
     step = densify.exploration(noise_key, gaussians, wander)
     gaussians = gaussians._replace(means=gaussians.means + step)
     gaussians, moments, moved = _densify(config, move_key, state.step + 1, gaussians, moments)
@@ -318,6 +329,8 @@ def _rates(config: FitConfig, state: State, size: Float[Array, ""]) -> Parameter
     rates, more = config.rates, math.sqrt(config.views)
     part = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
     means = rates.means * more * size * jnp.power(rates.means_left, part)
+    if config.contract:
+        means = means * scene.unit(state.parameters.gaussians.means)[:, None]
     coefficients = state.parameters.gaussians.sh.shape[1]
     sh = [rates.sh] + [rates.sh_rest] * (coefficients - 1)
     gaussians = Gaussians(

@@ -82,13 +82,19 @@ def image_loss(
 
 
 def regularization(
-    config: LossConfig, gaussians: Gaussians, extent: Float[Array, ""], moving: Bool[Array, ""]
+    config: LossConfig,
+    gaussians: Gaussians,
+    extent: Float[Array, ""] | Float[Array, "n"],
+    moving: Bool[Array, ""],
 ) -> Float[Array, ""]:
     """Mean opacity and mean deviation, weighted (3DGS-MCMC section 3.4; V3D has the first).
 
+    Deviations are in units of `extent`, of the scene or at every Gaussian.
     They free Gaussians to be moved; once that is over (not `moving`) they only pull at the image.
     """
     total = config.opacity * jnp.mean(gaussians.opacities) if config.opacity else jnp.zeros(())
-    if config.scale:
+    if config.scale and extent.ndim:
+        total = total + config.scale * jnp.mean(gaussians.scales / extent[:, None])
+    elif config.scale:
         total = total + config.scale * jnp.mean(gaussians.scales) / extent
     return total * jnp.where(moving, 1.0, config.settled)

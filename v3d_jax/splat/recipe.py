@@ -3,7 +3,7 @@
 Axes: t frame, h w image, s step.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,30 @@ from jaxtyping import Array, Float, Int, Key
 from v3d_jax.ops import camera
 from v3d_jax.splat import cloud, fit, objective, rasterize, silhouette, start
 from v3d_jax.splat.carve import CarveConfig
+from v3d_jax.splat.densify import DensifyConfig
 from v3d_jax.splat.fit import FitConfig
 from v3d_jax.splat.gaussians import Gaussians
+from v3d_jax.splat.objective import LossConfig
+
+# Of scenes: 3DGS-MCMC's loss with moves that end early, as benchmarks/lego.py has it.
+SCENE = FitConfig(
+    count=200_000,
+    steps=7_000,
+    degree=3,
+    scale=0.5,  # points on pixels are uneven: gaps between neighbours are larger than what is there
+    background="black",
+    contract=True,
+    loss=LossConfig(dssim=0.2, lpips=0.0, opacity=0.01, scale=0.01),
+    densify=DensifyConfig(start=500, stop=4_200),
+)
+SCENE_MINI = replace(
+    SCENE,
+    count=8_000,
+    steps=600,
+    degree=0,
+    rates=fit.MINI.rates,
+    densify=replace(fit.MINI.densify, stop=450),
+)
 
 
 @dataclass(frozen=True)
