@@ -14,7 +14,7 @@ import tiny_scene
 from flax import nnx
 from PIL import Image
 
-from v3d_jax import pipeline, sample, scenes
+from v3d_jax import errors, pipeline, sample, scenes, splatting
 from v3d_jax.data import clips, output, scene_views, transforms
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.ops import camera
@@ -220,6 +220,44 @@ def test_cameras_that_cannot_be_used(models, place, tmp_path, monkeypatch, capsy
     assert message in fails(monkeypatch, capsys, tmp_path / "out", *given)
 
 
+def sample_splats(models, place, out):
+    given = scenes.SceneArgs(scene=place)
+    args = sample.SampleArgs(
+        out=out,
+        model=str(models / "scene"),
+        cache=False,
+        tour=given,
+        stages="video,splats",
+        splats=splatting.SplatArgs(gaussians=60, fit_steps=4),
+    )
+    return sample.run(args)[0]
+
+
+@pytest.mark.slow
+def test_splats_lie_in_the_world_of_the_views(models, place, tmp_path, capsys):
+    made = sample_splats(models, place, tmp_path / "out")
+    assert {file.name for file in made.iterdir()} == FILES | {"splats.ply", "splats.mp4"}
+    report = json.loads((made / "report.json").read_text())
+    assert {"sample", "sweep", "fit", "render"} < set(report["seconds"])
+    assert report["splats"]["fit"]["contract"]
+    assert "60 Gaussians in" in capsys.readouterr().out
+    # The cameras are 2 from what they look at, and hardly apart: the extent is theirs.
+    written, _ = transforms.read(made / "transforms.json")
+    places = np.stack([np.linalg.inv(view.world_to_camera)[:3, 3] for view in written])
+    reach = np.linalg.norm(places - places.mean(axis=0), axis=1).max()
+    np.testing.assert_allclose(report["splats"]["extent"], 1.1 * reach, rtol=1e-3)
+
+
+def test_a_scene_without_splats_keeps_its_frames(models, place, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise errors.UserError("no two cameras look at the same place")
+
+    monkeypatch.setattr(splatting, "reconstruct", refuse)
+    with pytest.raises(errors.UserError, match="kitchen has no splats: no two cameras"):
+        sample_splats(models, place, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out" / "kitchen").iterdir()} == FILES
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -227,7 +265,8 @@ def test_cameras_that_cannot_be_used(models, place, tmp_path, monkeypatch, capsy
         (("--arc", "400"), "--arc 400"),
         (("--fov", "180"), "--fov 180: degrees from 1 to 170"),
         (("--path", "nowhere.json"), "--path nowhere.json is no file: give orbit, spiral or"),
-        (("--stages", "video,splats"), "--stages: a scene has its video alone"),
+        (("--stages", "video,mesh"), "--stages: a mesh is made of objects, and this is a scene"),
+        (("--stages", "video,splats", "--fit", "faithful"), "--fit faithful is for objects"),
         (("--model", "mini"), "mini is no scene model: name one by --model"),
         (("picture.png",), "--scene takes its pictures from a folder: leave IMAGE out"),
     ],

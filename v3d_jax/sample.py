@@ -19,7 +19,16 @@ import numpy as np
 import tyro
 from jaxtyping import UInt8
 
-from v3d_jax import console, errors, meshing, pipeline, scenes, splatting, surfacing
+from v3d_jax import (
+    console,
+    errors,
+    meshing,
+    pipeline,
+    scenes,
+    splatting,
+    surfacing,
+    unbounded,
+)
 from v3d_jax.data import output, preprocess
 from v3d_jax.diffusion import sampler
 from v3d_jax.ops import camera, compiling
@@ -181,11 +190,28 @@ def _run_scene(args: SampleArgs) -> Path:
         bar.update()
     frames = draw(settings, params, condition, noise_key, seconds)
     frames = frames[: len(prepared.cameras.width)]
+    generated = sum(seconds[stage] for stage in ("encode", "sample", "decode"))
+    made, splats, failure = [f"{len(frames)} frames in {generated:.1f} s"], None, None
+    if "splats" in stages(args.stages):
+        posed = splatting.Frames(frames, None, prepared.cameras, scene=unbounded.Scene())
+        # What the splats are made of is worth keeping where there can be none.
+        try:
+            splats = splatting.reconstruct(args.splats, posed, args.seed, seconds)
+        except errors.UserError as error:
+            failure = error
     report = describe(args, settings, scene, prepared.notes, seconds)
     report |= scenes.describe(args.tour, prepared)
-    output.write(target, prepared.picture, frames, prepared.cameras, report, video="path.mp4")
-    generated = sum(seconds[stage] for stage in ("encode", "sample", "decode"))
-    print(f"{target}: {len(frames)} frames in {generated:.1f} s")
+    written: dict[str, Any] = {}
+    if splats is not None:
+        report["splats"] = splats.report
+        written["splats"] = output.Splats(*splats[:3])
+        made.append(splatting.told(splats, seconds))
+    output.write(
+        target, prepared.picture, frames, prepared.cameras, report, video="path.mp4", **written
+    )
+    print(f"{target}: {', '.join(made)}")
+    if failure is not None:
+        raise errors.UserError(f"{target} has no splats: {failure}")
     return target
 
 
@@ -312,8 +338,10 @@ def _check(args: SampleArgs) -> None:
         scenes.check(args.tour)
         if args.images:
             raise errors.UserError("--scene takes its pictures from a folder: leave IMAGE out")
-        if stages(args.stages) != ["video"]:
-            raise errors.UserError("--stages: a scene has its video alone")
+        if "mesh" in stages(args.stages):
+            raise errors.UserError("--stages: a mesh is made of objects, and this is a scene")
+        if "splats" in stages(args.stages):
+            splatting.configure(args.splats, unbounded.Scene())
     elif args.tour != scenes.SceneArgs():
         raise errors.UserError(
             "--path, --arc and --fov are for a scene: name its folder by --scene"
