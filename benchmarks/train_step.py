@@ -29,7 +29,7 @@ from flax import nnx
 
 from v3d_jax import state
 from v3d_jax.nn import clip, generator, layers, lpips, spatiotemporal, unet
-from v3d_jax.training import video
+from v3d_jax.training import conditioning, video
 
 GROUPS, CALLS = 7, 4  # the median is over groups of calls; only their last is waited for
 VGG_WIDTHS = (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,))
@@ -116,7 +116,7 @@ def training_step(
             batch,
             key,
             settings.loss,
-            video.ConditionConfig(),
+            conditioning.ConditionConfig(),
             None if frozen.lpips is None else (frozen.lpips, settings.perceptual),
         )
 

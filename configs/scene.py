@@ -24,9 +24,9 @@ from v3d_jax.nn.generator import SCENE_512
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.state import OptimConfig
 from v3d_jax.training.cached import CachedLatentsConfig
+from v3d_jax.training.conditioning import ConditionConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.scene import SceneConfig
-from v3d_jax.training.video import ConditionConfig
 
 config = SceneTrainConfig(
     model=dataclasses.replace(SCENE_512, unet=dataclasses.replace(SCENE_512.unet, remat="blocks")),

@@ -24,8 +24,8 @@ from v3d_jax.nn.generator import V3D_512
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.state import OptimConfig
 from v3d_jax.training.cached import CachedLatentsConfig
+from v3d_jax.training.conditioning import ConditionConfig
 from v3d_jax.training.objective import DataConfig
-from v3d_jax.training.video import ConditionConfig
 
 config = VideoTrainConfig(
     model=dataclasses.replace(V3D_512, unet=dataclasses.replace(V3D_512.unet, remat="blocks")),

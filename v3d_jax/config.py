@@ -24,10 +24,10 @@ from v3d_jax.state import OptimConfig
 from v3d_jax.training import autoencoder, objective, parts, scene, video
 from v3d_jax.training.autoencoder import AutoencoderLossConfig
 from v3d_jax.training.cached import CachedLatentsConfig
+from v3d_jax.training.conditioning import ConditionConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.training.scene import SceneConfig
-from v3d_jax.training.video import ConditionConfig
 from v3d_jax.weights import settings
 
 

@@ -18,7 +18,7 @@ from v3d_jax.nn import autoencoder, clip, conditioner, generator, unet
 from v3d_jax.ops import image
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
-from v3d_jax.training import cached, perceptual, video
+from v3d_jax.training import cached, conditioning, perceptual, video
 
 CLIPS, FRAMES = 8, 4
 
@@ -97,7 +97,7 @@ def gradients(levels: int, devices: int, fsdp: int, frames: int = 1, remat: str 
         whole,
         edm.LossConfig(),
         perceptual.PerceptualConfig(),
-        video.ConditionConfig(),
+        conditioning.ConditionConfig(),
         video.PARTS,
     )
 
@@ -175,7 +175,9 @@ def test_condition_is_what_sampling_gives():
 
     @fixtures.jit
     def make(whole, batch):
-        return video.make_condition(nnx.merge(graphdef, whole), batch, key, video.ConditionConfig())
+        return conditioning.make(
+            nnx.merge(graphdef, whole), batch, key, conditioning.ConditionConfig()
+        )
 
     @fixtures.jit
     def encode_picture(whole, pixels):

@@ -14,7 +14,7 @@ from flax import nnx
 from v3d_jax import errors
 from v3d_jax.diffusion.loss import LossConfig
 from v3d_jax.nn import generator, lpips
-from v3d_jax.training import perceptual, video
+from v3d_jax.training import conditioning, perceptual, video
 from v3d_jax.training.perceptual import PerceptualConfig
 from v3d_jax.weights import lpips as lpips_weights
 
@@ -132,7 +132,7 @@ def test_the_term_is_added_with_its_weight(key):
     @fixtures.jit  # all in one program, which then has what they share once
     def losses(params, one, networks):
         model = nnx.merge(graphdef, params)
-        arguments = (model, one, key, LossConfig(), video.ConditionConfig())
+        arguments = (model, one, key, LossConfig(), conditioning.ConditionConfig())
         return (
             video.video_loss(*arguments),
             video.video_loss(*arguments, (networks, CONFIG)),

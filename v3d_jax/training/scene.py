@@ -20,7 +20,7 @@ from v3d_jax.diffusion import sampler
 from v3d_jax.nn import generator, pixelnerf
 from v3d_jax.ops import image
 from v3d_jax.ops.camera import Camera
-from v3d_jax.training import objective, video
+from v3d_jax.training import conditioning, objective, video
 from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.parts import SCENE_PARTS, Part
 from v3d_jax.training.perceptual import PerceptualConfig
@@ -38,7 +38,7 @@ def build(
     model: generator.GeneratorConfig,
     loss_config: edm.LossConfig,
     perceptual_config: PerceptualConfig,
-    condition_config: video.ConditionConfig,
+    condition_config: conditioning.ConditionConfig,
     scene_config: SceneConfig,
     sampling: sampler.SamplingConfig,
     data: objective.DataConfig,
@@ -85,16 +85,16 @@ def condition(
     model: generator.Generator,
     batch: Any,
     key: Key[Array, ""],
-    config: video.ConditionConfig,
-) -> video.Conditioned:
+    config: conditioning.ConditionConfig,
+) -> conditioning.Conditioned:
     """What conditions a batch of `data.posed` clips, and the loss of the colours."""
     condition_key, jitter_key = jax.random.split(key)
     views, targets = posed_views(batch)
     size = batch["latents"].shape[2:4]
     rendering = model.pixelnerf(views, targets, size, jitter_key)
     rgb = jnp.mean(pixelnerf.rgb_loss(rendering.rgb, batch["small"].astype(jnp.float32) / 255.0))
-    made = video.make_condition(model, batch, condition_key, config)
-    return video.Conditioned(
+    made = conditioning.make(model, batch, condition_key, config)
+    return conditioning.Conditioned(
         made._replace(features=rendering.features), scene_config.rgb_weight * rgb, {"rgb": rgb}
     )
 
