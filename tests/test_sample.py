@@ -166,10 +166,10 @@ def test_the_fast_preset_and_what_replaces_parts_of_it(model):
     loaded = folder.load(model)
     slow = loaded._replace(sampling=SamplingConfig(guidance_max=4.0))
     made = sample.configure(arguments(model, preset="fast"), slow).sampling
-    assert (made.steps, made.sampler, made.schedule) == (10, "dpmpp_2m", "ays")
+    assert (made.steps, made.sampler, made.schedule) == (9, "dpmpp_2m", "ays")
     levels = sampler.sigmas(made)[:-1]
     low, high = made.guidance_interval
-    assert int(((levels > low) & (levels <= high)).sum()) == 7
+    assert int(((levels > low) & (levels <= high)).sum()) == 6
     assert made.guidance_max == 4.0
     made = sample.configure(arguments(model, preset="fast", steps=8), slow).sampling
     assert (made.steps, made.schedule) == (8, "ays")
