@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from v3d_jax.ops import compiling
 from v3d_jax.parallel import sharding
 
 Params = PyTree  # of jax arrays; of numpy arrays or shapes where that is said
@@ -250,4 +251,5 @@ def sharded_step(
         donate_argnums=0,
         # What a step does not read lies on the devices all the same, and a plan counts it.
         keep_unused=True,
+        compiler_options=compiling.TPU_STEP if mesh.devices.flat[0].platform == "tpu" else None,
     )

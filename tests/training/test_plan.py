@@ -216,3 +216,29 @@ def test_the_command_plans_for_machines_that_are_not_here(topology_name):
     assert float(numbers["optimizer"]) == pytest.approx(2 * float(numbers["parameters"]), abs=0.002)
     assert 0 < float(numbers["temporaries"]) < 1
     assert result.stdout.endswith("fits\n")
+
+
+# Decimal GB a chip, and TFLOP of a chip and step, of the table in docs/training.md.
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("topology_name", "gigabytes", "work"), [("v5e-256", 7.8, 89.2)])
+def test_the_published_size_fits(topology_name, gigabytes, work):
+    """Ten minutes on two cores and eight gigabytes of memory."""
+    if util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install '.[tpu-aot]'")
+    given = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    result = subprocess.run(
+        [sys.executable, "-m", "v3d_jax.train", "configs/v3d_512.py", "--plan", topology_name],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(given), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    print(result.stdout)
+    numbers = dict(re.findall(r"^  (\w+) +([\d.]+)", result.stdout, re.MULTILINE))
+    assert float(numbers["sum"]) == pytest.approx(gigabytes, rel=0.1)
+    done = float(re.search(r"chip and step: ([\d.]+) TFLOP", result.stdout)[1])
+    assert done == pytest.approx(work, rel=0.01)
+    assert "all-gather: " in result.stdout
+    assert result.stdout.endswith("fits\n")

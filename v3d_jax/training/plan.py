@@ -22,6 +22,9 @@ from v3d_jax.parallel.topology import Topology
 from v3d_jax.state import Params, TrainState
 from v3d_jax.training import parts, perceptual, video
 
+# Less search for the fastest program and for the smallest: a plan is not run.
+_QUICK = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+
 
 class Memory(NamedTuple):
     """Bytes on one device: what lies there from step to step, and what one step takes besides."""
@@ -83,7 +86,8 @@ def measure(settings: config.VideoTrainConfig, wanted: Topology, devices: Any) -
     flops = program.flops(traced.jaxpr) / mesh.size
     found, temporaries, compiled = [], 0, True
     try:
-        step = traced.lower(lowering_platforms=(devices[0].platform,)).compile()
+        lowered = traced.lower(lowering_platforms=(devices[0].platform,))
+        step = lowered.compile(_QUICK if devices[0].platform == "tpu" else None)
     except jax.errors.JaxRuntimeError as error:
         compiled, temporaries = False, _temporaries(error, sum(memory))
     else:
