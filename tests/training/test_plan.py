@@ -222,7 +222,7 @@ def test_the_command_plans_for_machines_that_are_not_here(topology_name):
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize(("topology_name", "gigabytes", "work"), [("v5e-256", 7.8, 89.2)])
 def test_the_published_size_fits(topology_name, gigabytes, work):
-    """Ten minutes on two cores and eight gigabytes of memory."""
+    """Six minutes on two cores and eight gigabytes of memory."""
     if util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install '.[tpu-aot]'")
     given = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

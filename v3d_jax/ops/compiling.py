@@ -8,7 +8,7 @@ OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 # Of training steps on TPUs. Its compiler would make of every product with a gathered kernel a loop
 # over the pieces, one for each chip that has one: of V3D's UNet in 64 pieces it then gave no
-# program in 54 minutes, and without in eleven. A plan (`training.plan`) must
+# program in 54 minutes, and without in six. A plan (`training.plan`) must
 # be told the same as the step.
 TPU_STEP = {
     "xla_tpu_enable_windowed_einsum_for_all_gather": False,
