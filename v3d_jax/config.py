@@ -98,28 +98,16 @@ class VideoTrainConfig:
 
 
 @dataclass(frozen=True)
-class SceneTrainConfig:
+class SceneTrainConfig(VideoTrainConfig):
     """Trains a scene model on latents of clips with known cameras.
 
-    As `VideoTrainConfig`; its `parts` have the PixelNeRF besides, and `run.init_from` may be a
-    model of objects, whose UNet then gets the channels for the features.
+    Its `parts` have the PixelNeRF besides, and `run.init_from` may be a model of objects, whose
+    UNet then gets the channels for the features.
     """
 
     model: GeneratorConfig = SCENE_MINI
-    latents: CachedLatentsConfig = field(default_factory=CachedLatentsConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    condition: ConditionConfig = field(default_factory=ConditionConfig)
-    scene: SceneConfig = field(default_factory=SceneConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    multihost: MultihostConfig = field(default_factory=MultihostConfig)
     parts: tuple[video.Part, ...] = parts.SCENE_PARTS
-    train_only: tuple[str, ...] = ()
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights are float32
+    scene: SceneConfig = field(default_factory=SceneConfig)
 
     def objective(self) -> objective.Objective:
         """Opens the data, and encodes it if that has not been done."""
@@ -159,7 +147,7 @@ class AutoencoderTrainConfig:
         return autoencoder.build(self.model, self.loss, self.data, jnp.dtype(self.dtype))
 
 
-TrainConfig = VideoTrainConfig | SceneTrainConfig | AutoencoderTrainConfig
+TrainConfig = VideoTrainConfig | AutoencoderTrainConfig
 
 
 def load(arguments: Sequence[str]) -> TrainConfig:

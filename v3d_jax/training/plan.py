@@ -66,7 +66,8 @@ def make(settings: config.TrainConfig, name: str) -> Plan:
     settings that do not fit the mesh or have no plan, and where libtpu is not installed.
     """
     wanted = topology.find(name)
-    if not isinstance(settings, config.VideoTrainConfig):
+    # Not a scene model's, whose batches are others.
+    if type(settings) is not config.VideoTrainConfig:
         raise errors.UserError("--plan is for video models of objects: name a config of one")
     return measure(settings, wanted, topology.devices(wanted))
 
