@@ -4,6 +4,7 @@
     python benchmarks/generator.py --parts compile step decode run --peers
     python benchmarks/generator.py --low-memory --peers
     python benchmarks/generator.py --parts compare
+    python benchmarks/generator.py --devices 2 --parts same step decode run --peers
     python benchmarks/generator.py --parts quality --model V3D_512.ckpt
     python benchmarks/generator.py --size tiny --activations float32 --peers eager
 
@@ -13,6 +14,7 @@ frames at once (`decode`); a picture to frames with 25 Euler steps (`run`) and w
 (`fast`, ours only): medians after warm-up, in the type of `--activations`, with the peers' on the
 same device in the same process and the ratios. The peak of device memory is JAX's, before `fast`.
 
+`same` holds the frames of a whole sample on `--devices` to those of one, in either type.
 `compare` gives both sides the same weights and holds outputs to each other: every network in
 float32 and in bfloat16 against the peer's float32 ones, and the frames of a whole sample.
 `quality` needs a trained model: what faster settings cost against 50 steps from the same noise.
@@ -40,6 +42,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import published_files
+import random_weights
 
 from v3d_jax import pipeline
 from v3d_jax.diffusion import sampler
@@ -48,7 +51,7 @@ from v3d_jax.ops import compiling
 from v3d_jax.parallel import sampling as parallel
 from v3d_jax.weights import folder
 
-Part = Literal["compile", "step", "decode", "run", "fast", "compare", "quality"]
+Part = Literal["compile", "step", "decode", "run", "fast", "same", "compare", "quality"]
 SIZES = {"v3d_512": generator.V3D_512, "tiny": published_files.REDUCED}
 ROWS = {"step": "UNet step with guidance", "decode": "decode, all frames", "run": "25 steps"}
 TIMED = (*ROWS, "compile", "fast")
@@ -97,24 +100,20 @@ class Ours:
     def compile(self) -> dict[str, tuple[float, Any]]:
         """Seconds and memory of every stage's program."""
         start, levels = pipeline.begin(self.settings, 1, self.keys[1])
-        condition = jax.eval_shape(
-            lambda *given: encode(self.settings, *given), self.params, self.image, self.keys[0]
-        )
-        stages = {
-            "encode": (encode, (self.image, self.keys[0])),
-            "advance": (pipeline.advance, (condition, start, levels[:2])),
-            "decode": (pipeline.decode, (start.x,)),
-        }
         told = {}
-        for name, (function, arguments) in stages.items():
-            begun = time.perf_counter()
-            lowered = jax.jit(function, static_argnums=0).lower(
-                self.settings, self.params, *arguments
-            )
-            compiled = lowered.compile(compiling.OPTIONS)
-            told[name] = (time.perf_counter() - begun, compiled.memory_analysis())
-            setattr(self, name, compiled)
+        condition = self._compile(told, "encode", encode, self.image, self.keys[0])
+        self._compile(told, "advance", pipeline.advance, condition, start, levels[:2])
+        self._compile(told, "decode", pipeline.decode, start.x)
         return told
+
+    def _compile(self, told: Any, name: str, function: Any, *arguments: Any) -> Any:
+        """One stage's program; its result, which lies where the next stage's argument does."""
+        begun = time.perf_counter()
+        lowered = jax.jit(function, static_argnums=0).lower(self.settings, self.params, *arguments)
+        compiled = lowered.compile(compiling.OPTIONS)
+        told[name] = (time.perf_counter() - begun, compiled.memory_analysis())
+        setattr(self, name, compiled)
+        return compiled(self.params, *arguments)
 
     def prepare(self) -> None:
         """What single stages are measured on."""
@@ -144,13 +143,10 @@ def random_params(config: generator.GeneratorConfig, dtype: Any) -> Any:
     """Weights of an initialiser's size as a loaded model holds them, cut from one random block."""
     named = folder.flatten(folder.abstract_params(config))
     cast = generator.cast_weights(named)
-    block = np.random.default_rng(0).standard_normal(2**24 + 1, np.float32)
-    leaves = []
-    for name, leaf in named.items():
-        scale = max(1, int(np.prod(leaf.shape[:-1]))) ** -0.5 if len(leaf.shape) > 1 else 0.05
-        values = np.resize(block, leaf.shape) * np.float32(scale)
-        values = values + np.float32(name.endswith("scale"))
-        leaves.append(jnp.asarray(values.astype(dtype) if name in cast else values))
+    leaves = [
+        jnp.asarray(random_weights.weight(name, leaf.shape).astype(dtype if name in cast else "f"))
+        for name, leaf in named.items()
+    ]
     structure = jax.tree.structure(folder.abstract_params(config))
     return nnx.to_pure_dict(jax.tree.unflatten(structure, leaves))
 
@@ -310,6 +306,8 @@ def main(args: Args) -> None:
     image = jax.random.uniform(jax.random.key(1), (1, height, width, 3))
     if "quality" in args.parts and args.model is None:
         raise SystemExit("--parts quality needs --model")
+    if "same" in args.parts and args.devices < 2:
+        raise SystemExit("--parts same needs --devices, two or more")
     if set(args.parts) & set(TIMED):
         params, mesh = random_params(config, settings.dtype), pipeline.device_mesh(settings)
         params = params if mesh is None else parallel.repeat(params, mesh)
@@ -317,6 +315,10 @@ def main(args: Args) -> None:
         show_compilation(ours, args)
         show_times(args, ours)
         del ours
+    if "same" in args.parts:
+        import generator_devices
+
+        generator_devices.main(settings, image)
     if "compare" in args.parts:
         import generator_compare
 

@@ -19,7 +19,7 @@ import torch
 from v3d_jax import pipeline
 from v3d_jax.diffusion.guidance import Condition
 from v3d_jax.nn import generator
-from v3d_jax.ops import metrics
+from v3d_jax.ops import compiling, metrics
 from v3d_jax.weights import folder
 
 ABSOLUTE, RELATIVE, HALF = 1e-3, 1e-4, 2e-2
@@ -31,7 +31,10 @@ def compiled(settings: pipeline.Settings, params: Any) -> Callable[..., Any]:
 
     def call(method: Callable[..., Any], *args: Any) -> Any:
         with jax.default_matmul_precision("highest"):
-            program = jax.jit(lambda p, *a: method(pipeline.networks(settings, p), *a))
+            program = jax.jit(
+                lambda p, *a: method(pipeline.networks(settings, p), *a),
+                compiler_options=compiling.OPTIONS,
+            )
             return jax.tree.map(np.asarray, program(params, *args))
 
     return call
@@ -116,10 +119,13 @@ def frames_of(settings: pipeline.Settings, params: Any, image: Any, noise: Any) 
     with jax.default_matmul_precision("highest"):
         levels = pipeline.begin(settings, 1, jax.random.key(0))[1]
         start = pipeline.sampler.begin(noise, levels[0])
-        advance = jax.jit(pipeline.advance, static_argnums=0)
+        advance, decode = (
+            jax.jit(stage, static_argnums=0, compiler_options=compiling.OPTIONS)
+            for stage in (pipeline.advance, pipeline.decode)
+        )
         for i in range(len(levels) - 1):
             start = advance(settings, params, condition, start, levels[i : i + 2])
-        return np.asarray(jax.jit(pipeline.decode, static_argnums=0)(settings, params, start.x)[0])
+        return np.asarray(decode(settings, params, start.x)[0])
 
 
 def peer_frames(
@@ -152,6 +158,8 @@ def main(settings: pipeline.Settings, image: Any) -> None:
     their_sample = peer_frames(peer, settings, image, noise)
     del peer
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what it keeps for later is not JAX's to take
     ours, ours_half = our_outputs(exact, params, given), our_outputs(half, small, given)
     rows, beyond = [], []
     for name, x in expected.items():

@@ -24,18 +24,43 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def networks(config: GeneratorConfig) -> tuple[Any, Any, Any]:
-    """UNet, autoencoder and image tower at the sizes of the settings, on the device."""
+def _library() -> Any:
+    """diffusers, told to be silent: it remarks on every cast."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers as library
-        import transformers
-
-    # It remarks on every cast.
     library.logging.set_verbosity_error()
-    unet, vae, vision = config.unet, config.autoencoder, config.vision
+    return library
+
+
+def unet_network(config: GeneratorConfig) -> Any:
+    """The UNet at the size of the settings, on the device."""
+    unet = config.unet
     attends = [unet.has_attention(level) for level in range(len(unet.widths))]
     kinds = ["CrossAttn" if attend else "" for attend in attends]
+    with torch.device(device()):
+        made = _library().UNetSpatioTemporalConditionModel(
+            down_block_types=tuple(f"{kind}DownBlockSpatioTemporal" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpBlockSpatioTemporal" for kind in kinds[::-1]),
+            block_out_channels=unet.widths,
+            addition_time_embed_dim=config.conditioner.dim,
+            projection_class_embeddings_input_dim=unet.vector_dim,
+            layers_per_block=unet.num_res_blocks,
+            cross_attention_dim=unet.context_dim,
+            num_attention_heads=tuple(width // unet.head_channels for width in unet.widths),
+            num_frames=config.num_frames,
+        )
+    # Some parameters of diffusers' are made from tensors that ignore the device above.
+    return made.to(device())
+
+
+def networks(config: GeneratorConfig) -> tuple[Any, Any, Any]:
+    """UNet, autoencoder and image tower at the sizes of the settings, on the device."""
+    library = _library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+    vae, vision = config.autoencoder, config.vision
     tower = transformers.CLIPVisionConfig(
         hidden_size=vision.width,
         intermediate_size=vision.mlp,
@@ -48,17 +73,7 @@ def networks(config: GeneratorConfig) -> tuple[Any, Any, Any]:
     )
     with torch.device(device()):
         made = (
-            library.UNetSpatioTemporalConditionModel(
-                down_block_types=tuple(f"{kind}DownBlockSpatioTemporal" for kind in kinds),
-                up_block_types=tuple(f"{kind}UpBlockSpatioTemporal" for kind in kinds[::-1]),
-                block_out_channels=unet.widths,
-                addition_time_embed_dim=config.conditioner.dim,
-                projection_class_embeddings_input_dim=unet.vector_dim,
-                layers_per_block=unet.num_res_blocks,
-                cross_attention_dim=unet.context_dim,
-                num_attention_heads=tuple(width // unet.head_channels for width in unet.widths),
-                num_frames=config.num_frames,
-            ),
+            unet_network(config),
             library.AutoencoderKLTemporalDecoder(
                 down_block_types=("DownEncoderBlock2D",) * len(vae.widths),
                 block_out_channels=vae.widths,
@@ -67,7 +82,6 @@ def networks(config: GeneratorConfig) -> tuple[Any, Any, Any]:
             ),
             transformers.CLIPVisionModelWithProjection(tower),
         )
-    # Some parameters of diffusers' are made from tensors that ignore the device above.
     return tuple(model.to(device()).eval().requires_grad_(False) for model in made)
 
 

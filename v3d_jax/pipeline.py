@@ -237,7 +237,13 @@ def begin(
     """Noise at the first of the noise levels, and the levels."""
     levels = sampler.sigmas(settings.sampling)
     noise = jax.random.normal(key, (clips, *settings.generator.latent_shape))
-    return sampler.begin(noise, levels[0]), levels
+    return _everywhere(settings, sampler.begin(noise, levels[0])), levels
+
+
+def _everywhere(settings: Settings, trajectory: sampler.Trajectory) -> sampler.Trajectory:
+    """Whole on every device of a run, before a step and after it: all are then one program."""
+    mesh = device_mesh(settings)
+    return trajectory if mesh is None else parallel.repeat(trajectory, mesh)
 
 
 def advance(
@@ -258,7 +264,7 @@ def advance(
         interval=settings.sampling.guidance_interval,
         in_turn=settings.low_memory,
     )
-    return sampler.advance(settings.sampling, denoise, trajectory, levels)
+    return _everywhere(settings, sampler.advance(settings.sampling, denoise, trajectory, levels))
 
 
 def frame_scale(settings: Settings) -> Any:
