@@ -1,80 +1,97 @@
-"""Milliseconds of one training step of the mini video model, and of its blocks alone.
+"""Milliseconds and memory of one training step, beside PyTorch's with diffusers' UNet.
 
-    python benchmarks/train_step.py --attention 1 2 4 --perceptual --profile
-    python benchmarks/train_step.py --blocks
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --remat none dots blocks --peers
+    python benchmarks/train_step.py --devices 2 --peers
+    python benchmarks/train_step.py --config configs/mini.py --batch 64 --perceptual --profile
 
-The step is that of configs/mini.py with random weights, latents and LPIPS networks: no data and no
-model are needed. Prints one table row: median milliseconds of a step after warm-up, clips a second,
-gigabytes of temporary memory, and seconds of compilation. `--profile` adds the slowest kernels of
-three steps, each with the operation it was compiled from; `--blocks` times the forward and the
-backward pass of every kind of block at each level instead.
+The step is the config's as `v3d_jax.train` compiles it, with random weights, latents and LPIPS
+networks: no data and no model are needed. The peers' is `train_peer.py`, of the same clips on the
+same device in the same process: eager, eager with checkpoints, and compiled. Prints median
+milliseconds after warm-up, gigabytes (10^9) and seconds of compilation.
+
+With `--devices N` parameters, optimiser and average are split over N (`mesh.fsdp`), and the rows
+are a clip on one device, N clips on one, and N clips on N: weak scaling is the first time over the
+third, strong scaling an N-th of the second over the third. `--profile` adds the slowest kernels of
+three steps, each with the operation that it was compiled from.
 """
 
 import argparse
 import dataclasses
-import functools
+import os
 import re
 import runpy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+# Memory is taken as it is needed: the peers need theirs.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import gpu_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import random_weights
 
-from v3d_jax import state
-from v3d_jax.nn import clip, generator, layers, lpips, spatiotemporal, unet
-from v3d_jax.training import conditioning, video
+from v3d_jax import pipeline, state
+from v3d_jax.nn import lpips
+from v3d_jax.parallel import mesh as meshes
+from v3d_jax.parallel import sharding
+from v3d_jax.training import parts, plan, video
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS, CALLS = 7, 4  # the median is over groups of calls; only their last is waited for
 VGG_WIDTHS = (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,))
 ALEX_WIDTHS, ALEX_SIDES = (3, 64, 192, 384, 256, 256), (11, 5, 3, 3, 3)
+HEAD = "| step | devices | clips | ms | clips/s | GB a device | s to compile |"
+
+
+class Measured(NamedTuple):
+    """Seconds of a step, and bytes that it needs on a device: what stays and what it takes."""
+
+    seconds: float
+    bytes: int
+    compilation: float
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, help="clips; by default those of the config")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "v3d_512.py")
+    parser.add_argument("--batch", type=int, default=1, help="clips a device")
     parser.add_argument("--attention", type=int, nargs="+", help="unet.attention_resolutions")
-    parser.add_argument("--remat", action="store_true", help="recompute blocks in the gradient")
+    parser.add_argument(
+        "--remat", nargs="*", default=["none"], help="none, dots, blocks; nothing for peers alone"
+    )
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--perceptual", action="store_true", help="add LPIPS of decoded frames")
     parser.add_argument("--profile", action="store_true", help="show the slowest kernels")
-    parser.add_argument("--blocks", action="store_true", help="time blocks instead of the step")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    return parser.parse_args()
+    parser.add_argument(
+        "--peers", nargs="*", default=[], choices=("eager", "checkpoint", "compile"),
+        help="modes of PyTorch's step; all if none is named",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if "--peers" in sys.argv and not args.peers:
+        args.peers = ["eager", "checkpoint", "compile"]
+    return args
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
     """Median of a call, of which a few are under way at a time as in training."""
     for _ in range(2):
-        jax.block_until_ready(call())
+        wait(call())
     taken = []
     for _ in range(GROUPS):
         start = time.perf_counter()
         for _ in range(CALLS):
             last = call()
-        jax.block_until_ready(last)
+        wait(last)
         taken.append((time.perf_counter() - start) / CALLS)
     return statistics.median(taken)
-
-
-def random_batch(model: generator.GeneratorConfig, clips: int, image_size: int) -> dict[str, Any]:
-    """What the loader of cached latents gives."""
-    rng = np.random.default_rng(0)
-    frames = model.num_frames
-    batch = {
-        "latents": rng.standard_normal((clips, *model.latent_shape)).astype(np.float16),
-        "image": rng.integers(0, 256, (clips, image_size, image_size, 3), np.uint8),
-        "azimuth": np.tile(
-            np.float32(360 / frames) * np.arange(frames, dtype=np.float32), (clips, 1)
-        ),
-        "elevation": np.zeros(clips, np.float32),
-    }
-    return jax.tree.map(jnp.asarray, batch)
 
 
 def random_lpips(widths: tuple[int, ...], sides: tuple[int, ...]) -> lpips.LPIPSParams:
@@ -92,78 +109,132 @@ def random_lpips(widths: tuple[int, ...], sides: tuple[int, ...]) -> lpips.LPIPS
     return lpips.LPIPSParams(convs, tuple(jnp.full(width, 1 / width) for width in taps))
 
 
-def training_step(
-    settings: Any, perceptual: bool, dtype: Any
-) -> tuple[Callable[..., Any], state.TrainState, video.Frozen]:
-    """The step as `v3d_jax.train` compiles it, its state, and what it leaves alone."""
-    whole = generator.abstract(settings.model, dtype=dtype)
-    graphdef = nnx.split(whole)[0]
-    abstract = nnx.to_pure_dict(nnx.state(whole.autoencoder))
-    networks = None
-    if perceptual:
-        networks = {
-            "vgg": random_lpips(VGG_WIDTHS, 13 * (3,)),
-            "alex": random_lpips(ALEX_WIDTHS, ALEX_SIDES),
-        }
-        networks = tuple(networks[net] for net in settings.perceptual.nets)
-    # Small and not zero, so that nothing is folded away and nothing overflows.
-    autoencoder = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e-3, leaf.dtype), abstract)
-    frozen = video.Frozen(autoencoder, networks, {})
+def settings_of(args: argparse.Namespace, remat: str, devices: int, clips: int) -> Any:
+    """The config with the arguments' changes, its weights split over the devices."""
+    config = runpy.run_path(str(args.config))["config"]
+    unet = dataclasses.replace(config.model.unet, remat=remat)
+    if args.attention:
+        unet = dataclasses.replace(unet, attention_resolutions=tuple(args.attention))
+    loader = dataclasses.replace(config.data.loader, batch_size=clips)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, unet=unet),
+        data=dataclasses.replace(config.data, loader=loader),
+        mesh=meshes.MeshConfig(fsdp=devices, devices=devices),
+        perceptual=dataclasses.replace(config.perceptual, weight=0.0),
+        dtype=args.dtype,
+    )
 
-    def loss(params: Any, frozen: video.Frozen, batch: Any, key: jax.Array) -> Any:
-        return video.video_loss(
-            nnx.merge(graphdef, {**params, "autoencoder": frozen.autoencoder}),
-            batch,
-            key,
-            settings.loss,
-            conditioning.ConditionConfig(),
-            None if frozen.lpips is None else (frozen.lpips, settings.perceptual),
+
+class Step:
+    """The step as `v3d_jax.train` compiles it, and what it is called with."""
+
+    def __init__(self, settings: Any, perceptual: Any = None):
+        mesh = meshes.make(settings.mesh)
+        optimizer, dtype = state.optimizer(settings.optim), jnp.dtype(settings.dtype)
+        abstract = jax.eval_shape(
+            lambda key: parts.random(settings.model, dtype, key, settings.parts), jax.random.key(0)
         )
+        frozen = plan.abstract_frozen(settings)
+        placed = sharding.weights(abstract, mesh)
+        resting = sharding.weights(frozen, mesh)
+        params = random_weights.weights(abstract, sharding.put, placed)
+        create = jax.jit(
+            lambda params: state.create(params, optimizer, settings.optim.params),
+            out_shardings=sharding.weights(
+                jax.eval_shape(lambda p: state.create(p, optimizer, settings.optim.params), params),
+                mesh,
+            ),
+        )
+        self.state = create(params)
+        del params
+        self.frozen = random_weights.weights(frozen, sharding.put, resting)
+        if perceptual is not None:
+            networks = {
+                "vgg": random_lpips(VGG_WIDTHS, 13 * (3,)),
+                "alex": random_lpips(ALEX_WIDTHS, ALEX_SIDES),
+            }
+            networks = tuple(networks[net] for net in perceptual.nets)
+            self.frozen = self.frozen._replace(lpips=networks)
+        loss = video.make_loss(
+            pipeline.Settings(settings.model, settings.sampling, activations=settings.dtype),
+            settings.loss,
+            settings.perceptual if perceptual is None else perceptual,
+            settings.condition,
+            settings.parts,
+        )
+        placements, frozen = (
+            jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (self.state, self.frozen)
+        )
+        step = state.sharded_step(loss, optimizer, settings.optim, mesh, placements, frozen)
+        everywhere = sharding.replicated(mesh)
+        batch = random_weights.batch(plan.inputs(settings))
+        self.others = (
+            sharding.put_batch(batch, mesh),
+            jax.device_put(jax.random.key(1), everywhere),
+            np.float32(settings.optim.lr),
+        )
+        begun = time.perf_counter()
+        self.program = step.lower(self.state, self.frozen, *self.others).compile()
+        self.compilation = time.perf_counter() - begun
 
-    optimizer = state.optimizer(settings.optim)
-
-    @jax.jit
-    def create(key: jax.Array) -> state.TrainState:
-        rngs = nnx.Rngs(key)
-        modules = {
-            "unet": unet.VideoUNet(settings.model.unet, dtype=dtype, rngs=rngs),
-            "vision": clip.VisionTransformer(settings.model.vision, dtype=dtype, rngs=rngs),
-        }
-        params = {name: nnx.to_pure_dict(nnx.state(part)) for name, part in modules.items()}
-        return state.create(params, optimizer)
-
-    step = functools.partial(state.train_step, loss, optimizer, settings.optim.ema)
-    return jax.jit(step, donate_argnums=0), create(jax.random.key(0)), frozen
-
-
-def time_step(settings: Any, clips: int, args: argparse.Namespace) -> None:
-    """Prints the step's row and, if asked for, its kernels."""
-    step, train_state, frozen = training_step(settings, args.perceptual, jnp.dtype(args.dtype))
-    batch = random_batch(settings.model, clips, settings.latents.cache.image_size)
-    key, rate = jax.random.key(1), np.float32(1e-5)
-    start = time.perf_counter()
-    compiled = step.lower(train_state, frozen, batch, key, rate).compile()
-    compilation = time.perf_counter() - start
-
-    def call() -> Any:
-        nonlocal train_state
-        train_state, metrics = compiled(train_state, frozen, batch, key, rate)
+    def __call__(self) -> Any:
+        """One update; its metrics."""
+        self.state, metrics = self.program(self.state, self.frozen, *self.others)
         return metrics
 
-    took = seconds(call)
-    memory = compiled.memory_analysis().temp_size_in_bytes
-    levels = "-".join(str(level) for level in settings.model.unet.attention_resolutions)
-    print("| device | clips | attention | lpips | ms a step | clips/s | temporary GB | compile s |")
-    print("|---|---|---|---|---|---|---|---|")
-    print(
-        f"| {jax.devices()[0].device_kind} | {clips} | {levels} | {args.perceptual} "
-        f"| {1e3 * took:.1f} | {clips / took:.0f} | {memory / 1e9:.2f} | {compilation:.0f} |"
-    )
-    print(f"finite: {all(np.isfinite(float(value)) for value in call().values())}")
+    @property
+    def bytes(self) -> int:
+        """On one device: arguments, which the results replace, and temporaries."""
+        used = self.program.memory_analysis()
+        return used.argument_size_in_bytes + used.temp_size_in_bytes
+
+
+def measure(args: argparse.Namespace, remat: str, devices: int, clips: int) -> Measured:
+    """Times a step and prints its row, and its kernels if they are asked for."""
+    perceptual = runpy.run_path(str(args.config))["config"].perceptual if args.perceptual else None
+    step = Step(settings_of(args, remat, devices, clips), perceptual)
+    found = Measured(seconds(step), step.bytes, step.compilation)
+    show(f"ours, remat {remat}", devices, clips, found)
+    values = {name: float(value) for name, value in step().items()}
+    if not all(np.isfinite(list(values.values()))):
+        raise SystemExit(f"not finite: {values}")
     if args.profile:
         # In this thread: CUPTI has crashed where another one traced.
-        times = gpu_kernels.kernel_times(call, 3)
-        print(gpu_kernels.table("kernel", name_operations(times, compiled.as_text())))
+        times = gpu_kernels.kernel_times(step, 3)
+        print(gpu_kernels.table("kernel", name_operations(times, step.program.as_text())))
+    return found
+
+
+def show(name: str, devices: int, clips: int, found: Measured) -> None:
+    """Prints a row under `HEAD`."""
+    print(
+        f"| {name} | {devices} | {clips} | {1e3 * found.seconds:.1f} | {clips / found.seconds:.2f} "
+        f"| {found.bytes / 1e9:.2f} | {found.compilation:.0f} |",
+        flush=True,
+    )
+
+
+def peer(args: argparse.Namespace, mode: str) -> Measured:
+    """Times PyTorch's step and prints its row; its memory is the allocator's peak."""
+    import torch
+    import train_peer
+
+    config = settings_of(args, "none", 1, args.batch)
+    begun = time.perf_counter()
+    trainer = train_peer.Trainer(config.model, config.loss, config.optim, args.batch, mode)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.step().item()
+    first = time.perf_counter() - begun
+    taken = seconds(trainer.step, lambda loss: loss.item())
+    found = Measured(taken, torch.cuda.max_memory_allocated() if on_gpu else 0, first)
+    show(f"PyTorch, {mode}", 1, args.batch, found)
+    del trainer
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return found
 
 
 def name_operations(
@@ -179,69 +250,25 @@ def name_operations(
     return named
 
 
-def time_blocks(settings: Any, clips: int, dtype: Any) -> None:
-    """Prints a row for every kind of block at every level of the UNet."""
-    config, model = settings.model.unet, settings.model
-    settings_of = {"dtype": dtype, "rngs": layers.Keys(jax.random.key(0))}
-    attention = {"head_channels": config.head_channels, "context_dim": config.context_dim}
-    frames, side = model.num_frames, model.latent_shape[1]
-    vision = model.vision
-    tokens = (vision.image_size // vision.patch) ** 2
-    context = jnp.ones((clips, 1, tokens, config.context_dim), dtype)
-    emb = jnp.ones((clips, frames, config.emb_dim), dtype)
-    print("| block | ms forward and backward | temporary GB |\n|---|---|---|")
-    for level, c in enumerate(config.widths):
-        size = side // 2**level
-        image = (clips, frames, size, size, c)
-        sequence = (clips, frames, size * size, c)
-        groups = {"groups": config.groups, **settings_of}
-        transformer = spatiotemporal.SpatialVideoTransformer(c, **attention, **groups)
-        temporal = transformer.temporal
-        cases = [
-            (spatiotemporal.VideoResBlock(c, c, emb_dim=config.emb_dim, **groups), image, (emb,)),
-            (layers.GroupNorm(c, eps=1e-5, groups=config.groups), image, ()),
-            (layers.TemporalConv(c, c, **settings_of), image, ()),
-            (transformer, image, (context,)),
-            (transformer.spatial, sequence, (context,)),
-            (temporal, sequence, (context,)),
-            (temporal.ff, sequence, ()),
-            (temporal.norm1, sequence, ()),
-        ]
-        for block, shape, others in cases:
-            x = jax.random.normal(jax.random.key(0), shape, dtype)
-            graphdef, params = nnx.split(block)
-            took, memory = time_gradient(graphdef, params, x, others)
-            name = f"{type(block).__name__} {'x'.join(str(n) for n in shape[2:])}"
-            print(f"| {name} | {1e3 * took:.2f} | {memory / 1e9:.2f} |", flush=True)
-
-
-def time_gradient(graphdef: Any, params: Any, x: Any, others: tuple[Any, ...]) -> tuple[float, int]:
-    """Seconds of a block and its gradient, and bytes of temporary memory."""
-
-    @jax.jit
-    def both(params: Any, x: Any, cotangent: Any, others: tuple[Any, ...]) -> Any:
-        out, pullback = jax.vjp(lambda p, *a: nnx.merge(graphdef, p)(*a), params, x, *others)
-        return out, pullback(cotangent)
-
-    compiled = both.lower(params, x, x, others).compile()
-    took = seconds(lambda: compiled(params, x, x, others))
-    return took, compiled.memory_analysis().temp_size_in_bytes
-
-
 def main() -> None:
     args = arguments()
-    config = Path(__file__).parents[1] / "configs" / "mini.py"
-    settings = runpy.run_path(str(config))["config"]
-    network = dataclasses.replace(settings.model.unet, remat=args.remat)
-    if args.attention:
-        network = dataclasses.replace(network, attention_resolutions=tuple(args.attention))
-    model = dataclasses.replace(settings.model, unet=network)
-    settings = dataclasses.replace(settings, model=model)
-    clips = args.batch or settings.data.loader.batch_size
-    if args.blocks:
-        time_blocks(settings, clips, jnp.dtype(args.dtype))
-    else:
-        time_step(settings, clips, args)
+    device = jax.devices()[0]
+    print(f"{args.devices} x {device.device_kind}, jax {jax.__version__}, {args.config.stem}")
+    print(f"{HEAD}\n{'|---' * 7}|")
+    clips, devices = args.batch, args.devices
+    ours = [measure(args, remat, 1, clips) for remat in args.remat]
+    best = min(ours, default=None)
+    if best is not None and devices > 1:
+        remat = args.remat[ours.index(best)]
+        alone = measure(args, remat, 1, devices * clips)
+        split = measure(args, remat, devices, devices * clips)
+        weak, strong = best.seconds / split.seconds, alone.seconds / split.seconds / devices
+        print(f"scaling on {devices} devices: weak {weak:.3f}, strong {strong:.3f}")
+    for mode in args.peers:
+        theirs = peer(args, mode)
+        if best is not None:
+            ratios = (best.seconds / theirs.seconds, best.bytes / max(theirs.bytes, 1))
+            print(f"ours / {mode}: time {ratios[0]:.2f}, memory {ratios[1]:.2f}", flush=True)
 
 
 if __name__ == "__main__":

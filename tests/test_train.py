@@ -236,6 +236,8 @@ def test_starts_from_a_model(data, tmp_path):
     begun = train.train(settings(data, tmp_path / "run", time_limit=0.0, init_from=str(tmp_path)))
     assert_equal(begun.params, given)
     assert_equal(begun.ema, given)
+    # What it can do is seen before it learns; a run from nothing has nothing to show.
+    assert [int(row["step"]) for row in rows(tmp_path / "run" / "previews.csv")] == [0]
     half = settings(
         data,
         tmp_path / "half",

@@ -86,6 +86,9 @@ def train(settings: config.TrainConfig) -> state.TrainState:
             contextlib.closing(batches_ahead(objective, settings.data.loader, mesh, first))
         )
 
+        if preview_batch and start == 0 and run.init_from is not None:
+            # What the model could do before: that by which to judge what it learns.
+            log.preview(0, *preview(train_state.ema, frozen, preview_batch, key), objective.heldout)
         trace = stack.enter_context(record.Trace(folder / "profile", run.profile_steps))
         step = start
         while step < run.steps and not stop.requested(ask=step % run.log_every == 0):

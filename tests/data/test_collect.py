@@ -58,6 +58,15 @@ def test_sweethome3d(tmp_path, capsys):
     assert capsys.readouterr().out == "skipped shop/torn: m.mtl is missing or damaged\n"
 
 
+def test_doors_and_windows_alone(tmp_path):
+    add_catalogue(tmp_path)
+    found, dropped = collect.sweethome3d(
+        tmp_path, CONFIG, selection.SelectionConfig(), openings=True
+    )
+    assert [c.name for c in found] == ["sweethome3d/shop/gate"]
+    assert dropped == {"no door or window": 3}
+
+
 def test_megaglest_through_to_a_pack(tmp_path):
     add_model(tmp_path, "data/menu")
     add_model(tmp_path, "techs/ox_walking")

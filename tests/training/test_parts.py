@@ -18,12 +18,12 @@ from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.state import OptimConfig
+from v3d_jax.training import autoencoder, plan, video
 from v3d_jax.training import parts as learned
-from v3d_jax.training import plan, video
 from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.perceptual import PerceptualConfig
-from v3d_jax.weights import folder
+from v3d_jax.weights import folder, packaged
 from v3d_jax.weights import lpips as lpips_weights
 
 # One level: what is trained takes long to compile, and no part depends on how many there are.
@@ -170,3 +170,14 @@ def test_names_that_no_weight_has_and_trees_that_overlap():
         learned.split(tree, ("*.kernel", "*.scale"))
     with pytest.raises(ValueError, match="same weight"):
         learned.join(chosen, tree)
+
+
+def test_packaged_models_are_begun_with_by_name():
+    opened = packaged.load("mini")
+    found = learned.load(Path("mini"), ("unet", "decoder"))
+    whole = nnx.to_pure_dict(opened.params)
+    jax.tree.map(np.testing.assert_array_equal, found["unet"], whole["unet"])
+    assert found.keys() == {"unet", "decoder"}
+    described, params = autoencoder.load(Path("mini"))
+    assert described == opened.generator.autoencoder
+    assert params.keys() == whole["autoencoder"].keys()

@@ -39,9 +39,15 @@ class CollectConfig:
 
 
 def sweethome3d(
-    root: Path, config: CollectConfig, selected: selection.SelectionConfig
+    root: Path,
+    config: CollectConfig,
+    selected: selection.SelectionConfig,
+    openings: bool = False,
 ) -> tuple[list[selection.Candidate], Counter]:
-    """The good objects of every catalogue below `root`, and how many were left out for what."""
+    """The good objects of every catalogue below `root`, and how many were left out for what.
+
+    Doors and windows are left out, or with `openings` everything else is.
+    """
     entries = [
         entry
         for path in sorted((root / SWEETHOME3D).glob("*.sh3f"))
@@ -49,8 +55,9 @@ def sweethome3d(
     ]
     found, dropped = [], Counter()
     doors = [entry.door_or_window or entry.category == _OPENINGS for entry in entries]
-    dropped["door or window"] = sum(doors)
-    entries = [entry for entry, door in zip(entries, doors, strict=True) if not door]
+    kept = [entry for entry, door in zip(entries, doors, strict=True) if door == openings]
+    dropped["no door or window" if openings else "door or window"] = len(entries) - len(kept)
+    entries = kept
     for entry, mesh in _load(entries, objects.load_entry, config, selected, dropped):
         found.append(
             selection.Candidate(

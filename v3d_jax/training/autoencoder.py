@@ -26,7 +26,7 @@ from v3d_jax.state import Metrics, Params
 from v3d_jax.training import objective
 from v3d_jax.weights import folder as model_folder
 from v3d_jax.weights import lpips as lpips_weights
-from v3d_jax.weights import settings
+from v3d_jax.weights import packaged, settings
 from v3d_jax.weights import tensors as tensor_files
 from v3d_jax.weights.tensors import FloatName
 
@@ -202,8 +202,10 @@ def save(
 def load(path: Path) -> tuple[autoencoder.AutoencoderConfig, Params]:
     """Settings and weights (nested dicts, numpy) of a folder of `save`, or of a generator's.
 
-    Raises `UserError` if it is neither, or if tensors are missing, unexpected or misshapen.
+    A packaged generator may be named instead. Raises `UserError` if it is none of them, or if
+    tensors are missing, unexpected or misshapen.
     """
+    path = packaged.folder_of(path)
     described = _read_config(path)
     if described.get("format") == model_folder.FORMAT:
         model = model_folder.load(path)

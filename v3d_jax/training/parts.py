@@ -15,7 +15,7 @@ from flax import nnx
 from v3d_jax import errors
 from v3d_jax.nn import autoencoder, clip, generator, pixelnerf, unet
 from v3d_jax.state import Params
-from v3d_jax.weights import folder
+from v3d_jax.weights import folder, packaged
 
 Part = Literal["unet", "vision", "decoder", "pixelnerf"]
 PARTS: tuple[Part, ...] = ("unet", "vision")
@@ -71,12 +71,12 @@ def random(
 def load(
     path: Path, names: tuple[Part, ...], model: generator.GeneratorConfig | None = None
 ) -> Params:
-    """The named networks of an exported model.
+    """The named networks of an exported model, or of a packaged one by its name.
 
     Where `model` is a scene model and the exported one is not, the UNet is widened by channels that
     it ignores so far, and the PixelNeRF is new, the same at every call.
     """
-    opened = folder.load(path)
+    opened = folder.load(packaged.folder_of(path))
     found = nnx.to_pure_dict(opened.params)
     found["decoder"] = found["autoencoder"]["decoder"]
     if model is not None and model.pixelnerf is not None and opened.generator.pixelnerf is None:

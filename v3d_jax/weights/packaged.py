@@ -39,6 +39,15 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     return path(str(name_or_path))
 
 
+def folder_of(name_or_path: str | os.PathLike) -> Path:
+    """The path, or where nothing lies there and it is a packaged model's name, that one's folder.
+
+    For what reads parts of models, and says itself what it cannot read.
+    """
+    given = Path(name_or_path)
+    return path(str(given)) if not given.exists() and str(given) in names() else given
+
+
 def open_model(name_or_path: str | os.PathLike) -> folder.Unread:
     """Opens a packaged model, a model folder or a published checkpoint; no weights are read yet."""
     given = Path(name_or_path)
