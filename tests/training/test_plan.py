@@ -138,7 +138,7 @@ def test_settings_that_cannot_be_planned_are_one_line(changes, message):
     ("arguments", "message"),
     [
         (["configs/debug.py", "--plan", "v5e-7"], "unknown topology v5e-7: choose one of v5e-4"),
-        (["configs/debug_vae.py", "--plan", "v5e-4"], "--plan is for video models of objects"),
+        (["configs/debug_vae.py", "--plan", "v5e-4"], "--plan is for video models: name"),
         (["configs/debug.py", "--plan"], "--plan needs the name of a topology"),
     ],
 )

@@ -21,17 +21,18 @@ from flax import nnx
 from PIL import Image
 
 from v3d_jax import config, errors, state, train
+from v3d_jax.data import loader
 from v3d_jax.data.latents import CacheConfig
 from v3d_jax.data.loader import LoaderConfig
 from v3d_jax.data.posed import SourceConfig
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn import generator
 from v3d_jax.parallel import mesh as meshes
-from v3d_jax.parallel import sharding
+from v3d_jax.parallel import program, sharding
 from v3d_jax.parallel.mesh import MeshConfig
 from v3d_jax.state import OptimConfig
 from v3d_jax.training import parts as learned
-from v3d_jax.training import record, scene, video
+from v3d_jax.training import plan, record, scene, video
 from v3d_jax.training.cached import CachedLatentsConfig
 from v3d_jax.training.objective import DataConfig
 from v3d_jax.training.scene import SceneConfig
@@ -68,6 +69,7 @@ def settings(
         "model": MODEL,
         "scene": SceneConfig(SourceConfig(1, 3)),
         "parts": ("unet", "pixelnerf"),
+        "mesh": MeshConfig(devices=1),
     }
     return config.SceneTrainConfig(
         latents=CachedLatentsConfig(
@@ -85,7 +87,6 @@ def settings(
             log_every=1,
             sample_every=steps,
         ),
-        mesh=MeshConfig(devices=1),
         dtype="float32",
         **{**defaults, **changes},
     )
@@ -289,3 +290,29 @@ def test_loss_and_gradient_on_several_devices_equal_those_on_one(files, tmp_path
         assert sharded == pytest.approx(value, rel=1e-5)
         difference = jax.tree.map(np.subtract, others, grads)
         assert float(optax.tree.norm(difference)) < 3e-5 * norm
+
+
+def test_a_plan_expects_the_batches_that_come(files, tmp_path):
+    given = settings(files, tmp_path / "run")
+    batch = next(loader.batches(given.objective().clips, given.data.loader))
+    expected = plan.inputs(given)
+    found = {name: (value.shape, value.dtype) for name, value in batch.items()}
+    assert found == {name: (leaf.shape, leaf.dtype) for name, leaf in expected.items()}
+
+
+def test_a_plan_counts_the_scene_model(files, tmp_path):
+    """Its PixelNeRF learns as well, and its work is in the step's."""
+    given = settings(files, tmp_path / "run")
+    mesh = meshes.make(given.mesh, jax.devices()[:1])
+    traced, memory = plan.trace(given, mesh, "cpu")
+    fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config.VideoTrainConfig)}
+    objects = config.VideoTrainConfig(**{**fields, "model": OBJECT, "parts": ("unet",)})
+    other, less = plan.trace(objects, mesh, "cpu")
+    assert program.flops(traced.jaxpr) > 1.01 * program.flops(other.jaxpr)
+    encoder = jax.eval_shape(
+        lambda key: learned.random(MODEL, "float32", key, ("pixelnerf",)), jax.random.key(0)
+    )
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(encoder))
+    added = 4 * 3 * 3 * 6 * OBJECT.unet.model_channels  # a kernel's inputs for the features
+    assert memory.parameters - less.parameters == size + added
+    assert memory.batch > less.batch

@@ -75,7 +75,7 @@ def flops(jaxpr: Any) -> float:
 
     A loop that ends on a condition counts one turn, of branches the largest counts.
     """
-    return sum(_flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    return sum((_flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns), 0.0)
 
 
 def _flops(eqn: Any) -> float:

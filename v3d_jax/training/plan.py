@@ -4,6 +4,7 @@ The step that `v3d_jax.train` would run is compiled ahead of time for the machin
 shapes alone: no data, no weights, no accelerator.
 """
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from v3d_jax.parallel import program, sharding, topology
 from v3d_jax.parallel.program import Collective
 from v3d_jax.parallel.topology import Topology
 from v3d_jax.state import Params, TrainState
-from v3d_jax.training import parts, perceptual, video
+from v3d_jax.training import conditioning, parts, perceptual, scene, video
 
 # Less search for the fastest program and for the smallest: a plan is not run.
 _QUICK = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
@@ -66,9 +67,8 @@ def make(settings: config.TrainConfig, name: str) -> Plan:
     settings that do not fit the mesh or have no plan, and where libtpu is not installed.
     """
     wanted = topology.find(name)
-    # Not a scene model's, whose batches are others.
-    if type(settings) is not config.VideoTrainConfig:
-        raise errors.UserError("--plan is for video models of objects: name a config of one")
+    if not isinstance(settings, config.VideoTrainConfig):
+        raise errors.UserError("--plan is for video models: name a config of one")
     return measure(settings, wanted, topology.devices(wanted))
 
 
@@ -82,6 +82,7 @@ def measure(settings: config.VideoTrainConfig, wanted: Topology, devices: Any) -
         settings.train_only,
         settings.perceptual.weight > 0.0,
         settings.run.init_from,
+        parts.of(settings.model),
     )
     traced, memory = trace(settings, mesh, devices[0].platform)
     flops = program.flops(traced.jaxpr) / mesh.size
@@ -119,6 +120,7 @@ def trace(settings: config.VideoTrainConfig, mesh: Mesh, platform: str) -> tuple
         settings.perceptual,
         settings.condition,
         settings.parts,
+        _conditioner(settings),
     )
     step = state.sharded_step(loss, optimizer, settings.optim, mesh, placed, resting)
     with target.traced_for(platform):
@@ -133,6 +135,13 @@ def trace(settings: config.VideoTrainConfig, mesh: Mesh, platform: str) -> tuple
         temporaries=0,
     )
     return traced, memory
+
+
+def _conditioner(settings: config.VideoTrainConfig) -> conditioning.Conditioner | None:
+    """What conditions a scene model; None for models of objects."""
+    if not isinstance(settings, config.SceneTrainConfig):
+        return None
+    return functools.partial(scene.condition, settings.scene)
 
 
 def abstract_frozen(settings: config.VideoTrainConfig) -> video.Frozen:
@@ -152,7 +161,7 @@ def abstract_frozen(settings: config.VideoTrainConfig) -> video.Frozen:
 
 
 def inputs(settings: config.VideoTrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of cached latents, as `data.loader` gives them."""
+    """Shapes of a batch of cached latents, as `data.loader` gives them; of scenes, with views."""
     clips, frames = settings.data.loader.batch_size, settings.data.loader.num_frames
     side, pictures = settings.latents.cache.image_size, settings.perceptual.pictures
     shapes = {
@@ -164,8 +173,18 @@ def inputs(settings: config.VideoTrainConfig) -> dict[str, jax.ShapeDtypeStruct]
     }
     if video.keeps_tokens(settings.model, settings.latents, settings.parts):
         shapes["tokens"] = ((1, settings.model.vision.output_dim), jnp.float32)
+    height, width = settings.model.frame_size
+    if isinstance(settings, config.SceneTrainConfig):
+        sources = settings.scene.sources.max_sources
+        shapes |= {
+            "small": ((frames, side, side, 3), jnp.uint8),
+            "sources": ((sources, height, width, 3), jnp.uint8),
+            "source_places": ((sources,), jnp.int32),
+            "valid": ((sources,), jnp.bool_),
+            "world_to_camera": ((frames, 4, 4), jnp.float32),
+            "intrinsics": ((frames, 3, 3), jnp.float32),
+        }
     if pictures:
-        height, width = settings.model.frame_size
         shapes["pictures"] = ((pictures, height, width, 3), jnp.uint8)
         shapes["places"] = ((pictures,), jnp.int32)
     return {
