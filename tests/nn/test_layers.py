@@ -3,6 +3,7 @@
 import fixtures
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from flax import nnx
@@ -190,3 +191,13 @@ def test_layers_start_with_unit_gain():
     for kernel, fan_in in ((conv.kernel, 9 * 32), (temporal.kernel, 3 * 64), (dense.kernel, 256)):
         np.testing.assert_allclose(jnp.std(kernel[...]) * fan_in**0.5, 1.0, atol=0.03)
     assert not jnp.any(layers.linear(4, 4, zero=True, dtype=jnp.float32, rngs=rngs).kernel[...])
+
+
+def test_a_feed_forward_keeps_its_projection_alone():
+    """Not the gated product, half as wide, nor anything in float32."""
+    block = layers.FeedForward(8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(block)
+    x = jnp.ones((5, 8), jnp.bfloat16)
+    found = jaxprs.kept(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+    tokens = [one for one in found if one[0][0] == 5]
+    assert tokens == [((5, 64), jnp.bfloat16)]

@@ -2,6 +2,7 @@
 
 import fixtures
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from flax import nnx
@@ -108,3 +109,11 @@ def test_the_embedding_reaches_its_own_frame():
     difference = jnp.abs(before - after).max(axis=(0, 2, 3, 4))
     assert difference[1] > 1e-2
     np.testing.assert_array_equal(difference[jnp.asarray([0, 2])], 0.0)
+
+
+def test_a_blend_keeps_its_arguments_alone():
+    """As they are, and not in float32."""
+    graphdef, params = nnx.split(spatiotemporal.Blend(0.5))
+    x = jnp.ones((1, 2, 3, 3, 4), jnp.bfloat16)
+    found = jaxprs.kept(lambda params, *xs: nnx.merge(graphdef, params)(*xs), params, x, x)
+    assert max((np.prod(shape) for shape, _ in found), default=0) <= 2

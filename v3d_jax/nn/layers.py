@@ -179,16 +179,21 @@ class FeedForward(nnx.Module):
         self.out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Applies to every token alone."""
-        return self.out(_gated(self.proj(x)))
+        """Applies to every token alone.
+
+        For the gradient the projected tokens are kept and not their gated product, which is made
+        again from them: these are the widest arrays of a transformer.
+        """
+        graphdef, params = nnx.split(self.out)
+        narrow = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(_gated(x)))
+        return narrow(params, self.proj(x))
 
 
 @jax.checkpoint
 def _gated(x: Float[Array, "*n both"]) -> Float[Array, "*n c"]:
     """The first half of the channels times GELU of the second, computed in float32.
 
-    Nothing but `x` is kept for the gradient: these are the widest arrays of a transformer. By erf,
-    because erfc, exact far below zero, is as slow as reading them.
+    By erf, because erfc, exact far below zero, is as slow as reading them.
     """
     value, gate = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     cumulative = 0.5 + 0.5 * jax.lax.erf(gate * math.sqrt(0.5))

@@ -55,8 +55,18 @@ class Blend(nnx.Module):
         weight = 1 - alpha if self.alpha_weighs_temporal else alpha
         if image_only is not None:
             weight = jnp.where(image_only[:, :, None, None, None], 1.0, weight)
-        blended = weight * spatial.astype(jnp.float32) + (1 - weight) * temporal.astype(jnp.float32)
-        return blended.astype(spatial.dtype)
+        return _mean(weight, spatial, temporal)
+
+
+@jax.checkpoint
+def _mean(
+    weight: Float[Array, "#b #t 1 1 1"],
+    spatial: Float[Array, "b t h w c"],
+    temporal: Float[Array, "b t h w c"],
+) -> Float[Array, "b t h w c"]:
+    """In float32, of which nothing is kept for the gradient."""
+    blended = weight * spatial.astype(jnp.float32) + (1 - weight) * temporal.astype(jnp.float32)
+    return blended.astype(spatial.dtype)
 
 
 class ResBlock(nnx.Module):
