@@ -5,28 +5,35 @@ The semantics are gsplat's: 0.3 px^2 of blur, contributions below 1/255 dropped,
 Everything has a static shape; one number, the capacity in slots (tile, Gaussian), is chosen by
 the caller, and a result says whether it was enough.
 
-All of it is plain XLA and runs on CPU, GPU and TPU (benchmarks/splat_raster.py).
+All of it is plain XLA and runs on CPU, GPU and TPU (benchmarks/splat_raster.py). On NVIDIA GPUs
+compositing can be done by fused kernels instead (docs/kernels.md).
 """
 
+import functools
 import math
+import warnings
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from v3d_jax.ops import binning
+from v3d_jax.ops import binning, target
 from v3d_jax.ops import camera as cameras
 from v3d_jax.ops.camera import Camera
 from v3d_jax.splat import gaussians as splats
 from v3d_jax.splat.bin import TILE, Bins, Tiling, bin_splats, tiling
 from v3d_jax.splat.composite import Layout, composite
 from v3d_jax.splat.gaussians import Gaussians
+from v3d_jax.splat.kernels import nvidia
 from v3d_jax.splat.project import NEAR, Projection, project
 
 DEPTH_FLOOR = 1e-10  # of the alpha that an expected depth is divided by
+# "triton": NVIDIA only. "auto": where it can be used.
+Compositing = Literal["xla", "triton", "auto"]
+
 _BLOCKS = 6  # about, in a full capacity
 _SMALLEST, _LARGEST = 1 << 10, 1 << 16  # chunks
 
@@ -41,6 +48,7 @@ class RasterConfig:
     near: float = NEAR  # world units
     block: int | None = None  # chunks of 16 splats computed at a time; None: by the capacity
     unroll: bool | None = None  # chains of 16 splats in one kernel; None: on NVIDIA
+    compositing: Compositing = "xla"
 
 
 class Render(NamedTuple):
@@ -69,17 +77,14 @@ def rasterize(
     the camera (`gaussians.color`). The cameras' own width and height are not read.
     """
     projection = project_gaussians(gaussians, camera, config)
-    shown = splats.color(gaussians.sh, gaussians.means, cameras.position(camera))
-    log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
+    fields = composited_fields(gaussians, camera, projection)
     bins = bin_gaussians(gaussians, projection, config)
     tiles = tiling(len(camera.intrinsics), config.width, config.height)
-    p = projection
-    fields = [p.mean_x, p.mean_y, 0.5 * p.conic_xx, p.conic_xy, 0.5 * p.conic_yy]
-    fields += [jnp.broadcast_to(log_opacity, p.depth.shape)]
-    fields += [*(shown[..., i] for i in range(3)), p.depth]
-    layout = Layout(tiles, _block(config, tiles), config.unroll)
-    fields = tuple(field.reshape(-1) for field in fields)
-    channels, left = composite(layout, fields, bins)
+    if compositing(config) == "triton":
+        channels, left = nvidia.composite(tiles, fields, bins)
+    else:
+        layout = Layout(tiles, _block(config, tiles), config.unroll)
+        channels, left = composite(layout, fields, bins)
     image = _to_image(jnp.concatenate([channels, left[None]]), tiles)
     image = image[: len(camera.intrinsics), : config.height, : config.width]
     color, depth, left = image[..., :3], image[..., 3], image[..., 4]
@@ -87,6 +92,28 @@ def rasterize(
     if background is not None:
         color = color + left[..., None] * background[None, None, None]
     return Render(color, alpha, depth / jnp.maximum(alpha, DEPTH_FLOOR), bins.total)
+
+
+def compositing(config: RasterConfig) -> Compositing:
+    """ "xla" or "triton"; what "auto" is by the platform (`v3d_jax.ops.target`) at trace time.
+
+    On a GPU where the kernels cannot be used, a warning says why, once in a process.
+    """
+    if config.compositing != "auto":
+        return config.compositing
+    if target.platform() not in ("gpu", "cuda"):
+        return "xla"
+    reason = nvidia.missing()
+    if reason is None:
+        return "triton"
+    _warn(reason)
+    return "xla"
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    message = f"splats are composited by XLA, not by the fused kernels: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def project_gaussians(gaussians: Gaussians, camera: Camera, config: RasterConfig) -> Projection:
@@ -100,6 +127,19 @@ def project_gaussians(gaussians: Gaussians, camera: Camera, config: RasterConfig
         height=config.height,
         near=config.near,
     )
+
+
+def composited_fields(
+    gaussians: Gaussians, camera: Camera, projection: Projection
+) -> tuple[Float[Array, "n"], ...]:
+    """What `composite` takes of every (view, Gaussian); the channels are colour and depth."""
+    p = projection
+    shown = splats.color(gaussians.sh, gaussians.means, cameras.position(camera))
+    log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
+    fields = [p.mean_x, p.mean_y, 0.5 * p.conic_xx, p.conic_xy, 0.5 * p.conic_yy]
+    fields += [jnp.broadcast_to(log_opacity, p.depth.shape)]
+    fields += [*(shown[..., i] for i in range(3)), p.depth]
+    return tuple(field.reshape(-1) for field in fields)
 
 
 def bin_gaussians(gaussians: Gaussians, projection: Projection, config: RasterConfig) -> Bins:

@@ -1,0 +1,384 @@
+"""The NVIDIA kernels of compositing, one by one and built in several ways, on one GPU.
+
+Scenes are those of `splat_raster.py`, with Gaussians binned once. For each it prints, as it goes,
+
+- the forward kernel, the backward kernel and the sum over owners, each alone, for the `Settings` of
+  `FORWARD`, `BACKWARD` and `OWNERS`: milliseconds a launch, and how far results are from the plain
+  path's (largest difference of an image; relative norm of the difference of a gradient);
+- with `--whole`: rasterizing forward, and forward and backward, by XLA and by the kernels, how far
+  the kernels' gradients are from XLA's, whether two runs of the kernels are equal to the bit, and,
+  where gsplat is there, gsplat's images, gradients and times on the same inputs; with `--profile`
+  where the time goes.
+
+A variant that does not compile prints why and is left out. All programs are compiled side by side.
+Run `python benchmarks/splat_kernels.py --whole` on an NVIDIA GPU with the extra `cuda`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any, NamedTuple
+from unittest import mock
+
+import gpu_kernels
+import jax
+import jax.numpy as jnp
+import numpy as np
+import splat_raster
+from splat_raster import Case
+
+from v3d_jax.ops import camera as cameras
+from v3d_jax.splat import bin as bins
+from v3d_jax.splat import composite, rasterize
+from v3d_jax.splat import gaussians as splats
+from v3d_jax.splat.kernels import nvidia
+from v3d_jax.splat.kernels.nvidia import Launch, Settings
+
+
+class Variant(NamedTuple):
+    """One way to build a kernel."""
+
+    settings: Settings
+    registers: int | None = None  # most a thread may have
+    module: str | None = None  # of another form of the kernel
+
+    def __str__(self) -> str:
+        given = self.settings._asdict().items()
+        parts = [f"{k}={v}" for k, v in given if v != Settings._field_defaults[k]]
+        parts += [f"registers={self.registers}"] if self.registers else []
+        return ", ".join(parts + ([self.module] if self.module else [])) or "default"
+
+
+def forward_variants() -> list[Variant]:
+    found = [
+        Variant(Settings(chunk=chunk, warps=warps))
+        for chunk, warps in ((16, 1), (8, 1), (32, 1), (8, 2), (16, 2), (32, 2))
+    ]
+    found.append(Variant(Settings(), 96))
+    loop = Settings(chunk=4)
+    return [*found, *(Variant(loop._replace(warps=w), None, "triton_loop") for w in (1, 2))]
+
+
+def backward_variants() -> list[Variant]:
+    sizes = ((16, 1), (8, 1), (8, 2), (16, 2), (16, 4), (32, 2), (32, 4))
+    found = [Variant(Settings(chunk_back=chunk, warps_back=warps)) for chunk, warps in sizes]
+    found += [Variant(found[i].settings, most) for i, most in ((0, 168), (0, 128), (1, 128))]
+    found += [Variant(found[3].settings, 128), Variant(Settings(saved=True))]
+    return [*found, Variant(Settings(saved=True, warps_back=2))]
+
+
+def owner_variants() -> list[Variant]:
+    sizes = ((16, 4, 16, 4), (16, 4, 4, 4), (32, 4, 16, 4), (8, 4, 16, 1), (16, 8, 16, 4))
+    names = ("owners", "slots", "many", "warps_gather")
+    return [Variant(Settings(**dict(zip(names, size, strict=True)))) for size in sizes]
+
+
+@contextlib.contextmanager
+def at_most(registers: int | None) -> Iterator[None]:
+    """Triton kernels compiled in this block use no more registers a thread."""
+    if registers is None:
+        yield
+        return
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    plain = CUDABackend.parse_options
+
+    def parse(self: Any, options: dict[str, Any]) -> Any:
+        return plain(self, {**options, "maxnreg": registers})
+
+    with mock.patch.object(CUDABackend, "parse_options", parse), fresh_kernels():
+        yield
+
+
+@contextlib.contextmanager
+def fresh_kernels() -> Iterator[None]:
+    """jax-triton's memory of compiled kernels, which knows nothing of registers, emptied."""
+    from jax_triton import triton_lib
+
+    memory = getattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    kept = dict(memory)
+    memory.clear()
+    try:
+        yield
+    finally:
+        memory.clear()
+        memory.update(kept)
+
+
+class Prepared(NamedTuple):
+    """A scene that is projected and binned, and what the plain path makes of it."""
+
+    fields: tuple[jax.Array, ...]
+    bins: bins.Bins
+    rows: jax.Array
+    cotangents: tuple[jax.Array, jax.Array]
+    drawn: nvidia.Drawn  # by the plain path
+    gradient: tuple[jax.Array, ...]  # in the fields
+
+
+class Subject(NamedTuple):
+    """A scene, and how it is rasterized."""
+
+    case: Case
+    config: rasterize.RasterConfig
+
+    @property
+    def name(self) -> str:
+        """Such as "fitted-18"."""
+        return f"{self.case.kind}-{self.case.views}"
+
+    @property
+    def tiles(self) -> bins.Tiling:
+        """Of all its views."""
+        return bins.tiling(self.case.views, self.config.width, self.config.height)
+
+
+def prepare(subject: Subject, gaussians: Any, camera: Any) -> Prepared:
+    config, tiles = subject.config, subject.tiles
+    layout = composite.Layout(tiles, rasterize._block(config, tiles), None)
+    projection = rasterize.project_gaussians(gaussians, camera, config)
+    found = rasterize.bin_gaussians(gaussians, projection, config)
+    fields = rasterize.composited_fields(gaussians, camera, projection)
+    keys = jax.random.split(jax.random.key(2))
+    shapes = ((4, tiles.tiles, 64), (tiles.tiles, 64))
+    cotangents = tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    draw = functools.partial(composite.composite, layout)
+    (channels, left), pull = jax.vjp(lambda fields: draw(fields, found), fields)
+    drawn = nvidia.Drawn(channels, left, jnp.zeros((1, 64)), jnp.zeros(1, jnp.int32))
+    rows = nvidia.table(fields, found)
+    return Prepared(fields, found, rows, cotangents, drawn, pull(cotangents)[0])
+
+
+def programs_of(subject: Subject, options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
+    """What is compiled before anything is timed, as functions of Gaussians and cameras."""
+    found = {}
+    if subject.name in options.variants:
+        found["prepare"] = functools.partial(prepare, subject)
+    for name in ("xla", "triton") if options.whole else ():
+        config = dataclasses.replace(subject.config, compositing=name)
+        parts = splat_raster.passes(config)
+        found |= {f"{name} {part}": parts[part] for part in ("forward", "both")}
+    return found
+
+
+def program(variant: Variant, build: Callable[..., Launch], *arguments: Any) -> Any:
+    """A launch, compiled for arguments of these shapes."""
+
+    def run(*arguments: Any) -> Any:
+        launch = build(*arguments)
+        if variant.module is None:
+            return nvidia.run(launch)
+        other = importlib.import_module(variant.module)
+        with mock.patch.object(nvidia, "kernel", lambda launch: getattr(other, launch.kernel)):
+            return nvidia.run(launch)
+
+    with at_most(variant.registers):
+        return jax.jit(run).lower(*arguments).compile()
+
+
+def each_ms(call: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds a call of several in a row: launching costs nothing if they take longer."""
+    jax.block_until_ready(call())
+    taken = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        jax.block_until_ready(result)
+        taken.append((time.perf_counter() - begun) / repeats)
+    return 1e3 * sorted(taken)[2]
+
+
+def apart(a: Any, b: Any) -> float:
+    """Relative norm of a difference."""
+    return float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30))
+
+
+def compile_all(jobs: dict[Any, tuple[Callable[..., Any], Case]], workers: int) -> dict[Any, Any]:
+    """Programs of all jobs; Triton's compiler works in this thread, XLA's in several."""
+    with futures.ThreadPoolExecutor(workers) as pool:
+        found = {}
+        for key, (function, case) in jobs.items():
+            lowered = jax.jit(function).lower(case.gaussians, case.camera)
+            found[key] = pool.submit(lowered.compile)
+        return {key: job.result() for key, job in found.items()}
+
+
+def print_variants(title: str, variants: list[Variant], one: Callable[[Variant], str]) -> None:
+    print(f"\n| {title} | ms | off by |\n|---|---|---|")
+    for variant in variants:
+        try:
+            print(f"| {variant} | {one(variant)} |", flush=True)
+        except Exception as error:  # a variant that does not fit the card is left out
+            reason = str(error).strip().splitlines()[:1]
+            print(f"| {variant} | {type(error).__name__}: {''.join(reason)[:150]} | |", flush=True)
+
+
+def one_forward(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant) -> str:
+    saves = variant.settings.saved
+    build = functools.partial(nvidia.forward, tiles, variant.settings, save=saves)
+    call = functools.partial(program(variant, build, p.rows, p.bins), p.rows, p.bins)
+    made = nvidia.Drawn(*call())
+    worst = jnp.max(jnp.abs(made.channels - p.drawn.channels))
+    worst = float(jnp.maximum(worst, jnp.max(jnp.abs(made.left - p.drawn.left))))
+    return f"{each_ms(call, repeats):.3f} | {worst:.1e}"
+
+
+def one_backward(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant) -> str:
+    settings, drawn = variant.settings, p.drawn
+    if settings.saved:
+        build = functools.partial(nvidia.forward, tiles, settings, save=True)
+        drawn = nvidia.Drawn(*program(variant, build, p.rows, p.bins)(p.rows, p.bins))
+    build = functools.partial(nvidia.backward, tiles, settings)
+    arguments = (p.rows, p.bins, drawn, p.cotangents)
+    call = functools.partial(program(variant, build, *arguments), *arguments)
+    sums, place = call()
+    spent = each_ms(call, repeats)
+    build = functools.partial(nvidia.gather, settings)
+    owners = program(Variant(settings), build, sums, place, p.bins)(sums, place, p.bins)[0]
+    found = nvidia.to_fields(owners, p.fields[2:5])
+    worst = max(apart(a, b) for a, b in zip(found, p.gradient, strict=True))
+    return f"{spent:.3f} | {worst:.1e}"
+
+
+def one_gather(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant) -> str:
+    arguments = (p.rows, p.bins, p.drawn, p.cotangents)
+    build = functools.partial(nvidia.backward, tiles, Settings())
+    sums, place = program(Variant(Settings()), build, *arguments)(*arguments)
+    build = functools.partial(nvidia.gather, variant.settings)
+    call = functools.partial(program(variant, build, sums, place, p.bins), sums, place, p.bins)
+    worst = max(
+        apart(a, b)
+        for a, b in zip(nvidia.to_fields(call()[0], p.fields[2:5]), p.gradient, strict=True)
+    )
+    return f"{each_ms(call, repeats):.3f} | {worst:.1e}"
+
+
+def print_whole(
+    subject: Subject, programs: dict[str, Any], options: argparse.Namespace, gsplat: bool
+) -> None:
+    """Rasterizing by XLA, by the kernels and by gsplat."""
+    case, found = subject.case, {}
+    arguments = (case.gaussians, case.camera)
+    print("\n| rasterize | forward ms | + backward ms |\n|---|---|---|")
+    for name in ("xla", "triton"):
+        calls = {
+            part: functools.partial(programs[f"{name} {part}"], *arguments)
+            for part in ("forward", "both")
+        }
+        found[name] = (calls["forward"](), calls["both"]())
+        spent = [each_ms(call, options.repeats) for call in calls.values()]
+        print(f"| {name} | {spent[0]:.3f} | {spent[1]:.3f} |", flush=True)
+    again = calls["both"]()
+    same = all(bool(jnp.all(a == b)) for a, b in zip(again, found["triton"][1], strict=True))
+    if gsplat:
+        both = splat_raster.time_gsplat(*arguments, options.size, options.repeats)
+        print(f"| gsplat | {both['forward']:.3f} | {both['both']:.3f} |", flush=True)
+    print(f"kernels' gradients twice: {'equal to the bit' if same else 'NOT EQUAL'}")
+    (plain_image, plain), (image, ours) = found["xla"], found["triton"]
+    print(f"kernels and XLA: image {float(jnp.max(jnp.abs(image - plain_image))):.1e}", end="")
+    for name, a, b in zip(splats.Gaussians._fields, ours, plain, strict=True):
+        print(f", {name} {apart(a, b):.1e}", end="")
+    print()
+    if gsplat:
+        print_beside_gsplat(case, options.size, image, ours)
+    if options.profile:
+        times = gpu_kernels.kernel_times(calls["both"], 5)
+        print(gpu_kernels.table(f"forward and backward, {subject.name}", times))
+
+
+def print_beside_gsplat(case: Case, size: int, image: jax.Array, ours: splats.Gaussians) -> None:
+    """Differences from gsplat's CUDA op: image, gradients of what both are given."""
+    import torch
+    from gsplat import rasterization
+
+    def put(x: Any) -> Any:
+        return torch.tensor(np.asarray(x), device="cuda")
+
+    g = case.gaussians
+    logits, logs = (put(x).requires_grad_() for x in (g.opacity_logits, g.log_scales))
+    means, rotations = (put(x).requires_grad_() for x in (g.means, g.rotations))
+    colors = put(0.5 + splats.SH_C0 * np.asarray(g.sh[:, 0]))
+    color, _, _ = rasterization(
+        means, rotations, torch.exp(logs), torch.sigmoid(logits), colors,
+        put(case.camera.world_to_camera), put(case.camera.intrinsics), size, size,
+        packed=False, backgrounds=torch.ones(case.views, 3, device="cuda"),
+    )  # fmt: skip
+    weights = put(np.random.default_rng(1).normal(size=(size, size, 3)).astype(np.float32))
+    (color * weights).sum().backward()
+    off = np.abs(np.asarray(image) - color.detach().cpu().numpy())
+    far = np.mean(off.max(axis=-1) > 1e-4)
+    print(f"kernels and gsplat: image {off.max():.1e}, over 1e-4 on {far:.1e} of pixels", end="")
+    peers = {"means": means, "rotations": rotations, "log_scales": logs, "opacity_logits": logits}
+    for name, leaf in peers.items():
+        print(
+            f", {name} {apart(getattr(ours, name), jnp.asarray(leaf.grad.cpu().numpy())):.1e}",
+            end="",
+        )
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--splats", type=int, default=100_000)
+    parser.add_argument("--size", type=int, default=512, help="pixels, width and height")
+    names = ["fitted-18", "blob-18", "shell-18", "fitted-1", "blob-1", "shell-1"]
+    parser.add_argument("--scenes", nargs="+", default=names)
+    parser.add_argument("--variants", nargs="*", default=["fitted-18", "blob-18", "fitted-1"])
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="kernels of the whole's program")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that compile")
+    parser.add_argument("--budget", type=float, default=140, help="seconds, then nothing new")
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; kernels: {nvidia.missing()}")
+    bare = rasterize.RasterConfig(width=options.size, height=options.size, slots=1)
+    count = jax.jit(lambda *arrays: splat_raster.binned(bare, *arrays).total)
+    subjects = []
+    for name in options.scenes:
+        kind, views = name.split("-")
+        lens = cameras.orbit(int(views), width=options.size, height=options.size)
+        case = Case(kind, splat_raster.scene(kind, options.splats), lens)
+        needed = count(case.gaussians, case.camera)
+        subjects.append(Subject(case, rasterize.with_room(bare, needed, slack=1.0)))
+        print(f"{name}: {int(needed):,} slots", flush=True)
+    jobs = {
+        (subject.name, name): (function, subject.case)
+        for subject in subjects
+        for name, function in programs_of(subject, options).items()
+    }
+    with futures.ThreadPoolExecutor(1) as beside:
+        building = beside.submit(splat_raster.build_gsplat)
+        programs = compile_all(jobs, options.workers)
+        gsplat = building.result() if options.whole else False
+    print(f"{len(jobs)} programs compiled at {time.perf_counter() - begun:.0f} s", flush=True)
+    for subject in subjects:
+        if time.perf_counter() - begun > options.budget:
+            print(f"\n{subject.name}: left out, over {options.budget:.0f} s")
+            continue
+        print(f"\n## {subject.name}", flush=True)
+        own = {part: program for (name, part), program in programs.items() if name == subject.name}
+        if options.whole:
+            print_whole(subject, own, options, gsplat)
+        if "prepare" in own:
+            case = subject.case
+            prepared = own["prepare"](case.gaussians, case.camera)
+            for title, variants, one in (
+                ("forward", forward_variants(), one_forward),
+                ("backward", backward_variants(), one_backward),
+                ("owners", owner_variants(), one_gather),
+            ):
+                each = functools.partial(one, subject.tiles, prepared, options.repeats)
+                print_variants(title, variants, each)
+        print(f"at {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

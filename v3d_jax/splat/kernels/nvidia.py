@@ -1,0 +1,259 @@
+"""Compositing on NVIDIA GPUs by the Triton kernels beside this module, with their gradient.
+
+Takes and gives what `v3d_jax.splat.composite.composite` does, which is the plain twin. `triton` and
+`jax_triton` are imported where a kernel is launched; `missing` says why they cannot be used.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from v3d_jax.splat.bin import Bins, Tiling
+from v3d_jax.splat.chunk import ALPHA_MAX, HIDDEN, PIXELS, SHAPE
+
+LOG2E = math.log2(math.e)
+CHANNELS = 4  # the kernels' number of them: three of colour, depth
+FOUND = SHAPE + CHANNELS  # floats of a gradient
+_OLDEST = 8.0  # compute capability of the first cards that multiply float32 in 19 bits, Ampere
+
+
+class Settings(NamedTuple):
+    """How the kernels are built; results do not depend on it but for rounding."""
+
+    chunk: int = 16  # splats at a time, forward
+    warps: int = 1  # of a tile
+    chunk_back: int = 16  # splats at a time, backward; if `saved`, the same as forward
+    warps_back: int = 1
+    saved: bool = False  # see `tiles.backward`
+    owners: int = 16  # (view, Gaussian) of a program that adds up slots
+    slots: int = 4  # of each at a time
+    many: int = 16  # likewise where one has as many
+    warps_gather: int = 4
+
+
+class Launch(NamedTuple):
+    """One kernel over one grid."""
+
+    module: str  # of `v3d_jax.splat.kernels`
+    kernel: str  # takes all of the following in this order
+    inputs: tuple[Array, ...]
+    numbers: tuple[int, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    static: dict[str, Any]
+    grid: int
+    warps: int
+    zeroed: tuple[int, ...] = ()  # outputs that start as zeros
+
+
+class Drawn(NamedTuple):
+    """What the forward kernel gives; the last two are next to nothing unless saved."""
+
+    channels: Float[Array, "d g p"]
+    left: Float[Array, "g p"]
+    starts: Float[Array, "c p"]  # transmittance at the start of chunks
+    live: Int32[Array, "g"]  # chunks gone through
+
+
+def composite(
+    tiles: Tiling,
+    fields: tuple[Float[Array, "n"], ...],
+    bins: Bins,
+    settings: Settings | None = None,
+) -> tuple[Float[Array, "d g p"], Float[Array, "g p"]]:
+    """Channels, and the transmittance left behind them, of every pixel of every tile.
+
+    As `v3d_jax.splat.composite.composite`; differentiable in the fields, of which there are ten.
+    Raises ValueError for another number of channels.
+    """
+    settings = settings or Settings()
+    if len(fields) != FOUND:
+        raise ValueError(f"the kernels take {CHANNELS} channels, not {len(fields) - SHAPE}")
+    if settings.saved and settings.chunk_back != settings.chunk:
+        raise ValueError("saved starts of chunks are of use to chunks of the same size only")
+    return _composite(tiles, settings, fields, bins)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _composite(
+    tiles: Tiling, settings: Settings, fields: tuple[Array, ...], bins: Bins
+) -> tuple[Array, Array]:
+    drawn = Drawn(*run(forward(tiles, settings, table(fields, bins), bins, save=False)))
+    return drawn.channels, drawn.left
+
+
+def _forward(
+    tiles: Tiling, settings: Settings, fields: tuple[Array, ...], bins: Bins
+) -> tuple[Any, Any]:
+    rows = table(fields, bins)
+    drawn = Drawn(*run(forward(tiles, settings, rows, bins, save=settings.saved)))
+    return (drawn.channels, drawn.left), (fields[2:5], rows, bins, drawn)
+
+
+def _backward(
+    tiles: Tiling, settings: Settings, saved: Any, cotangents: tuple[Array, Array]
+) -> tuple[tuple[Array, ...], None]:
+    conic, rows, bins, drawn = saved
+    sums, place = run(backward(tiles, settings, rows, bins, drawn, cotangents))
+    (owners,) = run(gather(settings, sums, place, bins))
+    return to_fields(owners, conic), None
+
+
+_composite.defvjp(_forward, _backward)
+
+
+def to_fields(
+    owners: Float[Array, "n f"], conic: tuple[Float[Array, "n"], ...]
+) -> tuple[Float[Array, "n"], ...]:
+    """Gradients in the fields of `composite`; `conic` are three of these, from the third on."""
+    g, gx, gy, gxx, gxy, gyy = (owners[:, i] for i in range(SHAPE))
+    half_xx, xy, half_yy = conic
+    shape = (2 * half_xx * gx + xy * gy, xy * gx + 2 * half_yy * gy, -gxx, -gxy, -gyy, g)
+    return (*shape, *(owners[:, SHAPE + i] for i in range(CHANNELS)))
+
+
+def table(fields: tuple[Array, ...], bins: Bins) -> Float[Array, "n f"]:
+    """Rows of `tiles.FIELDS` floats in the order of depth, and one that is nowhere seen."""
+    x, y, *form, log_opacity = fields[:SHAPE]
+    form = [part * LOG2E for part in form]
+    opacity = log_opacity * LOG2E
+    most = jnp.minimum(opacity, math.log2(ALPHA_MAX))
+    columns = (x, y, *form, opacity, most, *fields[SHAPE:], jnp.zeros_like(x))
+    # The barriers are those of `v3d_jax.splat.composite`.
+    rows = jnp.stack(lax.optimization_barrier(columns), axis=1)[bins.order]
+    nowhere = jnp.zeros((1, len(columns)), rows.dtype).at[0, SHAPE - 1].set(HIDDEN)
+    return lax.optimization_barrier(jnp.concatenate([rows, nowhere]))
+
+
+def forward(
+    tiles: Tiling, settings: Settings, rows: Float[Array, "n f"], bins: Bins, *, save: bool
+) -> Launch:
+    """What gives a `Drawn`."""
+    starts = bins.slot.shape[0] // settings.chunk + tiles.tiles
+    return Launch(
+        "tiles",
+        "forward",
+        (rows, bins.rank, bins.offsets),
+        _numbers(tiles, bins),
+        (
+            _floats(CHANNELS, tiles.tiles, PIXELS),
+            _floats(tiles.tiles, PIXELS),
+            _floats(starts if save else 1, PIXELS),
+            _ints(tiles.tiles if save else 1),
+        ),
+        {"K": settings.chunk, "SAVE": save},
+        tiles.tiles,
+        settings.warps,
+    )
+
+
+def backward(
+    tiles: Tiling,
+    settings: Settings,
+    rows: Float[Array, "n f"],
+    bins: Bins,
+    drawn: Drawn,
+    cotangents: tuple[Array, Array],
+) -> Launch:
+    """What gives the gradients of slots, and for every slot in order of owner where its is."""
+    capacity = bins.slot.shape[0]
+    of_bins = (bins.rank, bins.slot, bins.offsets)
+    return Launch(
+        "tiles",
+        "backward",
+        (rows, *of_bins, drawn.starts, drawn.live, drawn.channels, drawn.left, *cotangents),
+        _numbers(tiles, bins),
+        (_floats(capacity, FOUND), _ints(capacity)),
+        {"K": settings.chunk_back, "SAVED": settings.saved},
+        tiles.tiles,
+        settings.warps_back,
+        zeroed=(1,),
+    )
+
+
+def gather(settings: Settings, sums: Array, place: Array, bins: Bins) -> Launch:
+    """What adds up the gradients of the slots of every (view, Gaussian)."""
+    count = bins.order.shape[0]
+    return Launch(
+        "owners",
+        "gather",
+        (sums, place, bins.run_start, bins.run_end, bins.order),
+        (count,),
+        (_floats(count, FOUND),),
+        {"B": settings.owners, "J": settings.slots, "MANY": settings.many},
+        -(-count // settings.owners),
+        settings.warps_gather,
+    )
+
+
+def kernel(launch: Launch) -> Any:
+    """The Triton function of a launch; imports `triton`."""
+    module = importlib.import_module(f"v3d_jax.splat.kernels.{launch.module}")
+    return getattr(module, launch.kernel)
+
+
+def run(launch: Launch) -> tuple[Array, ...]:
+    """Launches one kernel through jax-triton, on an NVIDIA GPU."""
+    import jax_triton
+
+    # The name of this argument changed with jax-triton 0.4.
+    known = inspect.signature(jax_triton.triton_call).parameters
+    types = "out_type" if "out_type" in known else "out_shape"
+    with warnings.catch_warnings():
+        # Since 0.4, in favour of references, which earlier versions do not take.
+        warnings.filterwarnings("ignore", "zeroed_outputs is deprecated", DeprecationWarning)
+        return tuple(
+            jax_triton.triton_call(
+                *launch.inputs,
+                *launch.numbers,
+                kernel=kernel(launch),
+                grid=(launch.grid,),
+                num_warps=launch.warps,
+                zeroed_outputs=launch.zeroed,
+                name=f"splat_{launch.kernel}",
+                **{types: launch.outputs},
+                **launch.static,
+            )
+        )
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the kernels cannot be used by this process, or None; compiles the smallest of them."""
+    for name in ("triton", "jax_triton"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed (extra `cuda`)"
+    try:
+        card = jax.devices("gpu")[0]
+        if float(card.compute_capability) < _OLDEST:
+            return f"{card.device_kind} is older than Ampere"
+        jax.jit(_smallest).lower().compile()
+    except Exception as error:  # whatever versions raise that do not fit each other
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _smallest() -> tuple[Array, ...]:
+    one = jnp.zeros(1, jnp.int32)
+    bins = Bins(one, one, one, one, one, jnp.zeros(2, jnp.int32), jnp.int32(0))
+    return run(gather(Settings(), jnp.zeros((1, FOUND)), one, bins))
+
+
+def _numbers(tiles: Tiling, bins: Bins) -> tuple[int, ...]:
+    return tiles.columns, tiles.rows, tiles.parts, tiles.tiles, bins.order.shape[0]
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
