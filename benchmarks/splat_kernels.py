@@ -2,26 +2,25 @@
 
 Scenes are those of `splat_raster.py`, with Gaussians binned once. For each it prints, as it goes,
 
-- the forward kernel, the backward kernel and the sum over owners, each alone, for the `Settings` of
-  `FORWARD`, `BACKWARD` and `OWNERS`: milliseconds a launch, and how far results are from the plain
-  path's (largest difference of an image; relative norm of the difference of a gradient);
-- with `--whole`: rasterizing forward, and forward and backward, by XLA and by the kernels, how far
-  the kernels' gradients are from XLA's, whether two runs of the kernels are equal to the bit, and,
-  where gsplat is there, gsplat's images, gradients and times on the same inputs; with `--profile`
-  where the time goes.
+- on `--variants`: the forward kernel, the backward kernel and the sum over owners, each alone and
+  built in several ways: milliseconds a launch, and how far results are from the plain path's
+  (largest difference of an image; relative norm of the difference of a gradient);
+- on `--scenes`: rasterizing forward, and forward and backward, by XLA and by the kernels as they
+  are the fastest, how far the kernels' gradients are from XLA's, whether two runs of the kernels
+  are equal to the bit, and, where gsplat is there, gsplat's images, gradients and times on the same
+  inputs; on `--profile` where the time goes.
 
-A variant that does not compile prints why and is left out. All programs are compiled side by side.
-Run `python benchmarks/splat_kernels.py --whole` on an NVIDIA GPU with the extra `cuda`.
+A scene's name is its kind and the number of views. A variant that does not compile prints why and
+is left out. Run `python benchmarks/splat_kernels.py` on an NVIDIA GPU with the extra `cuda`.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,6 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import splat_raster
+from kernel_variants import (
+    Variant,
+    at_most,
+    backward_variants,
+    fastest,
+    forward_variants,
+    owner_variants,
+)
 from splat_raster import Case
 
 from v3d_jax.ops import camera as cameras
@@ -40,75 +47,7 @@ from v3d_jax.splat import gaussians as splats
 from v3d_jax.splat.kernels import nvidia
 from v3d_jax.splat.kernels.nvidia import Launch, Settings
 
-
-class Variant(NamedTuple):
-    """One way to build a kernel."""
-
-    settings: Settings
-    registers: int | None = None  # most a thread may have
-    module: str | None = None  # of another form of the kernel
-
-    def __str__(self) -> str:
-        given = self.settings._asdict().items()
-        parts = [f"{k}={v}" for k, v in given if v != Settings._field_defaults[k]]
-        parts += [f"registers={self.registers}"] if self.registers else []
-        return ", ".join(parts + ([self.module] if self.module else [])) or "default"
-
-
-def forward_variants() -> list[Variant]:
-    found = [
-        Variant(Settings(chunk=chunk, warps=warps))
-        for chunk, warps in ((16, 1), (8, 1), (32, 1), (8, 2), (16, 2), (32, 2))
-    ]
-    found.append(Variant(Settings(), 96))
-    loop = Settings(chunk=4)
-    return [*found, *(Variant(loop._replace(warps=w), None, "triton_loop") for w in (1, 2))]
-
-
-def backward_variants() -> list[Variant]:
-    sizes = ((16, 1), (8, 1), (8, 2), (16, 2), (16, 4), (32, 2), (32, 4))
-    found = [Variant(Settings(chunk_back=chunk, warps_back=warps)) for chunk, warps in sizes]
-    found += [Variant(found[i].settings, most) for i, most in ((0, 168), (0, 128), (1, 128))]
-    found += [Variant(found[3].settings, 128), Variant(Settings(saved=True))]
-    return [*found, Variant(Settings(saved=True, warps_back=2))]
-
-
-def owner_variants() -> list[Variant]:
-    sizes = ((16, 4, 16, 4), (16, 4, 4, 4), (32, 4, 16, 4), (8, 4, 16, 1), (16, 8, 16, 4))
-    names = ("owners", "slots", "many", "warps_gather")
-    return [Variant(Settings(**dict(zip(names, size, strict=True)))) for size in sizes]
-
-
-@contextlib.contextmanager
-def at_most(registers: int | None) -> Iterator[None]:
-    """Triton kernels compiled in this block use no more registers a thread."""
-    if registers is None:
-        yield
-        return
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    plain = CUDABackend.parse_options
-
-    def parse(self: Any, options: dict[str, Any]) -> Any:
-        return plain(self, {**options, "maxnreg": registers})
-
-    with mock.patch.object(CUDABackend, "parse_options", parse), fresh_kernels():
-        yield
-
-
-@contextlib.contextmanager
-def fresh_kernels() -> Iterator[None]:
-    """jax-triton's memory of compiled kernels, which knows nothing of registers, emptied."""
-    from jax_triton import triton_lib
-
-    memory = getattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
-    kept = dict(memory)
-    memory.clear()
-    try:
-        yield
-    finally:
-        memory.clear()
-        memory.update(kept)
+WRONG = 1e-3  # differences that are not rounding
 
 
 class Prepared(NamedTuple):
@@ -155,16 +94,25 @@ def prepare(subject: Subject, gaussians: Any, camera: Any) -> Prepared:
     return Prepared(fields, found, rows, cotangents, drawn, pull(cotangents)[0])
 
 
-def programs_of(subject: Subject, options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
-    """What is compiled before anything is timed, as functions of Gaussians and cameras."""
+def rasterizing(subject: Subject, settings: Settings) -> dict[str, Callable[..., Any]]:
+    """XLA's and the kernels' passes, as functions of Gaussians and cameras."""
     found = {}
-    if subject.name in options.variants:
-        found["prepare"] = functools.partial(prepare, subject)
-    for name in ("xla", "triton") if options.whole else ():
+    for name in ("xla", "triton"):
         config = dataclasses.replace(subject.config, compositing=name)
-        parts = splat_raster.passes(config)
-        found |= {f"{name} {part}": parts[part] for part in ("forward", "both")}
+        for part in ("forward", "both"):
+            found[f"{name} {part}"] = built(splat_raster.passes(config)[part], settings)
     return found
+
+
+def built(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """The function, traced with kernels that are built so."""
+    kernels = functools.partial(nvidia.composite, settings=settings)
+
+    def traced(*arguments: Any) -> Any:
+        with mock.patch.object(nvidia, "composite", kernels):
+            return function(*arguments)
+
+    return traced
 
 
 def program(variant: Variant, build: Callable[..., Launch], *arguments: Any) -> Any:
@@ -210,27 +158,43 @@ def compile_all(jobs: dict[Any, tuple[Callable[..., Any], Case]], workers: int) 
         return {key: job.result() for key, job in found.items()}
 
 
-def print_variants(title: str, variants: list[Variant], one: Callable[[Variant], str]) -> None:
+def print_variants(
+    title: str, variants: list[Variant], one: Callable[[Variant], tuple[float, float]], until: float
+) -> dict[Variant, float]:
+    """Milliseconds of the variants that run and are right."""
     print(f"\n| {title} | ms | off by |\n|---|---|---|")
+    found = {}
     for variant in variants:
+        if time.perf_counter() > until:
+            print(f"| {variant} | left out for time | |")
+            continue
         try:
-            print(f"| {variant} | {one(variant)} |", flush=True)
+            spent, worst = one(variant)
         except Exception as error:  # a variant that does not fit the card is left out
-            reason = str(error).strip().splitlines()[:1]
-            print(f"| {variant} | {type(error).__name__}: {''.join(reason)[:150]} | |", flush=True)
+            reason = "".join(str(error).strip().splitlines()[:1])
+            print(f"| {variant} | {type(error).__name__}: {reason[:150]} | |", flush=True)
+            continue
+        print(f"| {variant} | {spent:.3f} | {worst:.1e} |", flush=True)
+        if worst < WRONG and variant.registers is None and variant.module is None:
+            found[variant] = spent
+    return found
 
 
-def one_forward(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant) -> str:
+def one_forward(
+    tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant
+) -> tuple[float, float]:
     saves = variant.settings.saved
     build = functools.partial(nvidia.forward, tiles, variant.settings, save=saves)
     call = functools.partial(program(variant, build, p.rows, p.bins), p.rows, p.bins)
     made = nvidia.Drawn(*call())
     worst = jnp.max(jnp.abs(made.channels - p.drawn.channels))
     worst = float(jnp.maximum(worst, jnp.max(jnp.abs(made.left - p.drawn.left))))
-    return f"{each_ms(call, repeats):.3f} | {worst:.1e}"
+    return each_ms(call, repeats), worst
 
 
-def one_backward(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant) -> str:
+def one_backward(
+    tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant
+) -> tuple[float, float]:
     settings, drawn = variant.settings, p.drawn
     if settings.saved:
         build = functools.partial(nvidia.forward, tiles, settings, save=True)
@@ -244,10 +208,12 @@ def one_backward(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant
     owners = program(Variant(settings), build, sums, place, p.bins)(sums, place, p.bins)[0]
     found = nvidia.to_fields(owners, p.fields[2:5])
     worst = max(apart(a, b) for a, b in zip(found, p.gradient, strict=True))
-    return f"{spent:.3f} | {worst:.1e}"
+    return spent, worst
 
 
-def one_gather(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant) -> str:
+def one_gather(
+    tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant
+) -> tuple[float, float]:
     arguments = (p.rows, p.bins, p.drawn, p.cotangents)
     build = functools.partial(nvidia.backward, tiles, Settings())
     sums, place = program(Variant(Settings()), build, *arguments)(*arguments)
@@ -257,7 +223,7 @@ def one_gather(tiles: bins.Tiling, p: Prepared, repeats: int, variant: Variant) 
         apart(a, b)
         for a, b in zip(nvidia.to_fields(call()[0], p.fields[2:5]), p.gradient, strict=True)
     )
-    return f"{each_ms(call, repeats):.3f} | {worst:.1e}"
+    return each_ms(call, repeats), worst
 
 
 def print_whole(
@@ -288,7 +254,7 @@ def print_whole(
     print()
     if gsplat:
         print_beside_gsplat(case, options.size, image, ours)
-    if options.profile:
+    if subject.name in options.profile:
         times = gpu_kernels.kernel_times(calls["both"], 5)
         print(gpu_kernels.table(f"forward and backward, {subject.name}", times))
 
@@ -328,56 +294,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--splats", type=int, default=100_000)
     parser.add_argument("--size", type=int, default=512, help="pixels, width and height")
-    names = ["fitted-18", "blob-18", "shell-18", "fitted-1", "blob-1", "shell-1"]
-    parser.add_argument("--scenes", nargs="+", default=names)
-    parser.add_argument("--variants", nargs="*", default=["fitted-18", "blob-18", "fitted-1"])
-    parser.add_argument("--whole", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="kernels of the whole's program")
+    names = ["fitted-18", "blob-18", "shell-18", "fitted-1", "shell-1"]
+    parser.add_argument("--scenes", nargs="*", default=names, help="to rasterize as a whole")
+    parser.add_argument("--variants", nargs="*", default=names[:2], help="to time variants on")
+    parser.add_argument("--profile", nargs="*", default=["fitted-18"], help="to profile")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that compile")
-    parser.add_argument("--budget", type=float, default=140, help="seconds, then nothing new")
+    parser.add_argument(
+        "--budget", type=float, default=80, help="seconds until variants are left out"
+    )
+    parser.add_argument("--no-gsplat", action="store_true")
     options = parser.parse_args()
     begun = time.perf_counter()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; kernels: {nvidia.missing()}")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; missing: {nvidia.missing()}")
+    subjects = find_subjects(options)
+    prepared = compile_all(
+        {name: (functools.partial(prepare, subjects[name]), subjects[name].case)
+         for name in options.variants},
+        options.workers,
+    )  # fmt: skip
+    print(f"compiled at {time.perf_counter() - begun:.0f} s", flush=True)
+    timed = {"forward": [], "backward": [], "owners": []}
+    for name, make in prepared.items():
+        case = subjects[name].case
+        made = make(case.gaussians, case.camera)
+        for title, variants, one in (
+            ("forward", forward_variants(), one_forward),
+            ("backward", backward_variants(), one_backward),
+            ("owners", owner_variants(), one_gather),
+        ):
+            each = functools.partial(one, subjects[name].tiles, made, options.repeats)
+            until = begun + options.budget
+            timed[title].append(print_variants(f"{title}, {name}", variants, each, until))
+        print(f"at {time.perf_counter() - begun:.0f} s", flush=True)
+    best = fastest(timed)
+    print(f"\nfastest: {Variant(best)}", flush=True)
+    jobs = {
+        (name, part): (function, subjects[name].case)
+        for name in options.scenes
+        for part, function in rasterizing(subjects[name], best).items()
+    }
+    programs = compile_all(jobs, options.workers)
+    gsplat = not options.no_gsplat and splat_raster.build_gsplat()
+    print(f"{len(jobs)} programs compiled at {time.perf_counter() - begun:.0f} s", flush=True)
+    for name in options.scenes:
+        print(f"\n## {name}", flush=True)
+        own = {part: program for (of, part), program in programs.items() if of == name}
+        print_whole(subjects[name], own, options, gsplat)
+        print(f"at {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def find_subjects(options: argparse.Namespace) -> dict[str, Subject]:
     bare = rasterize.RasterConfig(width=options.size, height=options.size, slots=1)
     count = jax.jit(lambda *arrays: splat_raster.binned(bare, *arrays).total)
-    subjects = []
-    for name in options.scenes:
+    found = {}
+    for name in dict.fromkeys((*options.variants, *options.scenes)):
         kind, views = name.split("-")
         lens = cameras.orbit(int(views), width=options.size, height=options.size)
         case = Case(kind, splat_raster.scene(kind, options.splats), lens)
         needed = count(case.gaussians, case.camera)
-        subjects.append(Subject(case, rasterize.with_room(bare, needed, slack=1.0)))
+        found[name] = Subject(case, rasterize.with_room(bare, needed, slack=1.0))
         print(f"{name}: {int(needed):,} slots", flush=True)
-    jobs = {
-        (subject.name, name): (function, subject.case)
-        for subject in subjects
-        for name, function in programs_of(subject, options).items()
-    }
-    with futures.ThreadPoolExecutor(1) as beside:
-        building = beside.submit(splat_raster.build_gsplat)
-        programs = compile_all(jobs, options.workers)
-        gsplat = building.result() if options.whole else False
-    print(f"{len(jobs)} programs compiled at {time.perf_counter() - begun:.0f} s", flush=True)
-    for subject in subjects:
-        if time.perf_counter() - begun > options.budget:
-            print(f"\n{subject.name}: left out, over {options.budget:.0f} s")
-            continue
-        print(f"\n## {subject.name}", flush=True)
-        own = {part: program for (name, part), program in programs.items() if name == subject.name}
-        if options.whole:
-            print_whole(subject, own, options, gsplat)
-        if "prepare" in own:
-            case = subject.case
-            prepared = own["prepare"](case.gaussians, case.camera)
-            for title, variants, one in (
-                ("forward", forward_variants(), one_forward),
-                ("backward", backward_variants(), one_backward),
-                ("owners", owner_variants(), one_gather),
-            ):
-                each = functools.partial(one, subject.tiles, prepared, options.repeats)
-                print_variants(title, variants, each)
-        print(f"at {time.perf_counter() - begun:.0f} s", flush=True)
+    return found
 
 
 if __name__ == "__main__":
