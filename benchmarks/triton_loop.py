@@ -13,7 +13,7 @@ from v3d_jax.splat.kernels import tiles as t
 @triton.jit
 def forward(
     table, rank, offsets,
-    columns, rows, parts, tiles, none,
+    columns, rows, parts, tiles,
     channels, left, starts, live,
     K: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -32,11 +32,13 @@ def forward(
     while going:
         for k in tl.static_range(K):
             there = at + k < end
-            owner = tl.load(rank + at + k, mask=there, other=none).to(tl.int64)
+            owner = tl.load(rank + at + k, mask=there, other=0).to(tl.int64)
             row = table + owner * t.FIELDS
             dx, dy = x - tl.load(row), y - tl.load(row + 1)
             square, slope = tl.load(row + 2) * dx * dx, tl.load(row + 3) * dx
-            log_alpha = (tl.load(row + 5) - square) - (tl.load(row + 4) * dy + slope) * dy
+            log_alpha = (tl.load(row + 5, mask=there, other=t.HIDDEN) - square) - (
+                tl.load(row + 4) * dy + slope
+            ) * dy
             alpha = tl.exp2(tl.minimum(log_alpha, tl.load(row + 6)))
             alpha = tl.where(log_alpha >= t.LOG2_ALPHA_MIN, alpha, 0.0)
             after = through * (1.0 - alpha)

@@ -219,7 +219,7 @@ from triton.compiler import ASTSource
 from v3d_jax.splat.kernels import owners, tiles
 
 WHOLE = {"rank", "slot", "offsets", "live", "place", "run_start", "run_end", "order"}
-NUMBERS = {"columns", "rows", "parts", "tiles", "none", "count"}
+NUMBERS = {"columns", "rows", "parts", "tiles", "count"}
 for kernel, static in (
     (tiles.forward, {"K": 16, "SAVE": True}),
     (tiles.backward, {"K": 16, "SAVED": False}),

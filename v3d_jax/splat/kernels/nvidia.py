@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from v3d_jax.splat.bin import Bins, Tiling
-from v3d_jax.splat.chunk import ALPHA_MAX, HIDDEN, PIXELS, SHAPE
+from v3d_jax.splat.chunk import ALPHA_MAX, PIXELS, SHAPE
 
 LOG2E = math.log2(math.e)
 CHANNELS = 4  # the kernels' number of them: three of colour, depth
@@ -121,16 +121,15 @@ def to_fields(
 
 
 def table(fields: tuple[Array, ...], bins: Bins) -> Float[Array, "n f"]:
-    """Rows of `tiles.FIELDS` floats in the order of depth, and one that is nowhere seen."""
+    """Rows of `tiles.FIELDS` floats in the order of depth."""
     x, y, *form, log_opacity = fields[:SHAPE]
     form = [part * LOG2E for part in form]
     opacity = log_opacity * LOG2E
     most = jnp.minimum(opacity, math.log2(ALPHA_MAX))
     columns = (x, y, *form, opacity, most, *fields[SHAPE:], jnp.zeros_like(x))
     # The barriers are those of `v3d_jax.splat.composite`.
-    rows = jnp.stack(lax.optimization_barrier(columns), axis=1)[bins.order]
-    nowhere = jnp.zeros((1, len(columns)), rows.dtype).at[0, SHAPE - 1].set(HIDDEN)
-    return lax.optimization_barrier(jnp.concatenate([rows, nowhere]))
+    rows = jnp.stack(lax.optimization_barrier(columns), axis=1)
+    return lax.optimization_barrier(rows[bins.order])
 
 
 def forward(
@@ -142,7 +141,7 @@ def forward(
         "tiles",
         "forward",
         (rows, bins.rank, bins.offsets),
-        _numbers(tiles, bins),
+        _numbers(tiles),
         (
             _floats(CHANNELS, tiles.tiles, PIXELS),
             _floats(tiles.tiles, PIXELS),
@@ -170,7 +169,7 @@ def backward(
         "tiles",
         "backward",
         (rows, *of_bins, drawn.starts, drawn.live, drawn.channels, drawn.left, *cotangents),
-        _numbers(tiles, bins),
+        _numbers(tiles),
         (_floats(capacity, FOUND), _ints(capacity)),
         {"K": settings.chunk_back, "SAVED": settings.saved},
         tiles.tiles,
@@ -247,8 +246,8 @@ def _smallest() -> tuple[Array, ...]:
     return run(gather(Settings(), jnp.zeros((1, FOUND)), one, bins))
 
 
-def _numbers(tiles: Tiling, bins: Bins) -> tuple[int, ...]:
-    return tiles.columns, tiles.rows, tiles.parts, tiles.tiles, bins.order.shape[0]
+def _numbers(tiles: Tiling) -> tuple[int, ...]:
+    return tiles.columns, tiles.rows, tiles.parts, tiles.tiles
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

@@ -32,6 +32,7 @@ FOUND = tl.constexpr(10)  # floats of a slot's gradient: moments, channels
 LOG2_ALPHA_MIN = tl.constexpr(-7.994353436858858)  # of 1 / 255
 BELOW_CAP = tl.constexpr(0.9899995)  # the cap, 0.99, is a power of 2 that is rounded
 T_MIN = tl.constexpr(1e-4)
+HIDDEN = tl.constexpr(-1e30)  # logarithm of the opacity of padding
 
 
 @triton.jit
@@ -54,14 +55,15 @@ def _centre(tile, columns, rows, parts):
 
 @triton.jit
 @no_type_check
-def _owners(rank, at, k, begin, end, none):
-    """Rows of the chunk that begins at `at`; `none` where there is no splat."""
-    return tl.load(rank + at + k, mask=(at >= begin) & (at + k < end), other=none).to(tl.int64)
+def _owners(rank, at, k, begin, end):
+    """Rows of the chunk that begins at `at`, and whether there is a splat."""
+    there = (at >= begin) & (at + k < end)
+    return tl.load(rank + at + k, mask=there, other=0).to(tl.int64), there
 
 
 @triton.jit
 @no_type_check
-def _splats(table, owner):
+def _splats(table, owner, there):
     """The fields of a chunk's splats, each [k].
 
     They are fetched while the chunk before is computed: also, what a loop carries is held once in a
@@ -74,7 +76,7 @@ def _splats(table, owner):
         tl.load(row + 2),
         tl.load(row + 3),
         tl.load(row + 4),
-        tl.load(row + 5),
+        tl.load(row + 5, mask=there, other=HIDDEN),
         tl.load(row + 6),
         tl.load(row + 7),
         tl.load(row + 8),
@@ -123,7 +125,7 @@ def _transmittances(alpha, t, first):
 @no_type_check
 def forward(
     table, rank, offsets,
-    columns, rows, parts, tiles, none,
+    columns, rows, parts, tiles,
     channels, left, starts, live,
     K: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -144,16 +146,17 @@ def forward(
     green, blue, depth, covered = red, red, red, red
     start = starts + (begin // K + tile).to(tl.int64) * PIXELS + p
     at = begin
-    splat = _splats(table, _owners(rank, at, k, begin, end, none))
-    owner = _owners(rank, at + K, k, begin, end, none)
+    owner, there = _owners(rank, at, k, begin, end)
+    splat = _splats(table, owner, there)
+    owner, there = _owners(rank, at + K, k, begin, end)
     going = begin < end
     while going:
         if SAVE:
             tl.store(start, t)
             start += PIXELS
         at += K
-        following = _splats(table, owner)
-        owner = _owners(rank, at + K, k, begin, end, none)
+        following = _splats(table, owner, there)
+        owner, there = _owners(rank, at + K, k, begin, end)
         alpha = _alphas(splat, x, y)
         after, before = _transmittances(alpha, t, first)
         unfinished = after > T_MIN
@@ -212,7 +215,7 @@ def _column(array, column, index):
 @no_type_check
 def backward(
     table, rank, slot, offsets, starts, live, channels, left, v_channels, v_left,
-    columns, rows, parts, tiles, none,
+    columns, rows, parts, tiles,
     sums, place,
     K: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
@@ -265,20 +268,21 @@ def backward(
         at += (chunks - 1) * K
     t = tl.full([PIXELS], 1.0, tl.float32)
     step: tl.constexpr = -K if SAVED else K
-    splat = _splats(table, _owners(rank, at, k, begin, end, none))
-    owner = _owners(rank, at + step, k, begin, end, none)
+    owner, there = _owners(rank, at, k, begin, end)
+    splat = _splats(table, owner, there)
+    owner, there = _owners(rank, at + step, k, begin, end)
     going = (begin < end) & (at >= begin)
     while going:
-        there = at + k < end
-        following = _splats(table, owner)
-        mine = tl.load(slot + at + k, mask=there, other=0)
-        tl.store(place + mine, at + k + 1, mask=there)
+        following = _splats(table, owner, there)
+        present = at + k < end
+        mine = tl.load(slot + at + k, mask=present, other=0)
+        tl.store(place + mine, at + k + 1, mask=present)
         to_moments = sums + (at + k).to(tl.int64)[:, None] * FOUND + column[None, :]
         if SAVED:
             t = tl.load(start)
             start -= PIXELS
         at += step
-        owner = _owners(rank, at + step, k, begin, end, none)
+        owner, there = _owners(rank, at + step, k, begin, end)
         alpha = _alphas(splat, x, y)
         after, before = _transmittances(alpha, t, first)
         unfinished = after > T_MIN
@@ -317,7 +321,7 @@ def backward(
         moved = tl.where((column == 4)[None, :], (du * gv + dv * gx)[:, None], moved)
         moved = tl.where((column == 5)[None, :], (dv * (gv + gy))[:, None], moved)
         splat = following
-        there = there[:, None]
-        tl.store(to_moments, moments - moved, mask=there & (column < MOMENTS)[None, :])
+        present = present[:, None]
+        tl.store(to_moments, moments - moved, mask=present & (column < MOMENTS)[None, :])
         to_colors = to_moments + MOMENTS
-        tl.store(to_colors, colors, mask=there & (column < CHANNELS)[None, :])
+        tl.store(to_colors, colors, mask=present & (column < CHANNELS)[None, :])
