@@ -203,9 +203,12 @@ def run(launch: Launch) -> tuple[Array, ...]:
     """Launches one kernel through jax-triton, on an NVIDIA GPU."""
     import jax_triton
 
-    # The name of this argument changed with jax-triton 0.4.
+    # With jax-triton 0.4 an argument changed its name and Triton's own options came in.
     known = inspect.signature(jax_triton.triton_call).parameters
     types = "out_type" if "out_type" in known else "out_shape"
+    options = {types: launch.outputs}
+    if "backend_options" in known:
+        options["backend_options"] = {"enable_fp_fusion": True}
     with warnings.catch_warnings():
         # Since 0.4, in favour of references, which earlier versions do not take.
         warnings.filterwarnings("ignore", "zeroed_outputs is deprecated", DeprecationWarning)
@@ -218,7 +221,7 @@ def run(launch: Launch) -> tuple[Array, ...]:
                 num_warps=launch.warps,
                 zeroed_outputs=launch.zeroed,
                 name=f"splat_{launch.kernel}",
-                **{types: launch.outputs},
+                **options,
                 **launch.static,
             )
         )

@@ -57,8 +57,9 @@ def _centre(tile, columns, rows, parts):
 @no_type_check
 def _owners(rank, at, k, begin, end):
     """Rows of the chunk that begins at `at`, and whether there is a splat."""
-    there = (at >= begin) & (at + k < end)
-    return tl.load(rank + at + k, mask=there, other=0).to(tl.int64), there
+    s = at + k
+    there = (s >= begin) & (s < end)
+    return tl.load(rank + s, mask=there, other=0).to(tl.int64), there
 
 
 @triton.jit
