@@ -1,4 +1,4 @@
-"""How far the plain XLA rasterizer is from gsplat's CUDA kernels, on one GPU.
+"""How far the rasterizer is from gsplat's CUDA kernels, on one GPU.
 
 Three scenes of 100,000 Gaussians on V3D's orbit at 512 x 512 pixels:
 
@@ -11,15 +11,16 @@ pass, of forward and backward, and of binning alone, after warm-up; slots; megab
 of the gradient; and, where gsplat and a CUDA device are there, gsplat's two times on the same
 inputs in the same process (the faster of packed and not) with the ratios ours / gsplat. Then the
 stages of binning at the most views (`--parts`), and with `--kernels FOLDER` where every kernel's
-time goes. `--blocks` takes several sizes of `RasterConfig.block`. All programs are compiled side by
-side first. Run `python benchmarks/splat_raster.py`; on a CPU, `--splats 2000 --size 128 --repeats
-3 --views 1 4`.
+time goes. `--blocks` takes several sizes of `RasterConfig.block`, `--compositing` several of its
+implementations. All programs are compiled side by side first. Run
+`python benchmarks/splat_raster.py`; on a CPU, `--splats 2000 --size 128 --repeats 3 --views 1 4`.
 """
 
 import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import statistics
 import time
@@ -240,7 +241,17 @@ def print_rows(
     gsplat: bool,
 ) -> None:
     device = jax.devices()[0].device_kind
-    columns = ["scene", "views", "block", "device", "forward", "+ backward", "binning", "slots"]
+    columns = [
+        "scene",
+        "views",
+        "compositing",
+        "block",
+        "device",
+        "forward",
+        "+ backward",
+        "binning",
+        "slots",
+    ]
     columns += ["MB", "gsplat", "ratio"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     begun = time.perf_counter()
@@ -252,19 +263,19 @@ def print_rows(
         peer = None
         if gsplat:
             peer = time_gsplat(case.gaussians, case.camera, options.size, options.repeats)
-        for block in options.blocks:
+        for build in itertools.product(options.compositing, options.blocks):
             ours = {
-                name: time_program(programs[*where, block, name], case, options.repeats)
+                name: time_program(programs[*where, *build, name], case, options.repeats)
                 for name in ("forward", "both", "binning")
             }
-            memory = programs[*where, block, "both"].memory_analysis().temp_size_in_bytes / 1e6
+            memory = programs[*where, *build, "both"].memory_analysis().temp_size_in_bytes / 1e6
             beside = "not run | - |"
             if peer:
                 ratios = [ours[name] / peer[name] for name in ("forward", "both")]
                 beside = f"{peer['forward']:.2f} / {peer['both']:.2f} ms"
                 beside += f" | {ratios[0]:.2f} / {ratios[1]:.2f} |"
             print(
-                f"| {case.kind} | {case.views} | {block or 'auto'} | {device}"
+                f"| {case.kind} | {case.views} | {build[0]} | {build[1] or 'auto'} | {device}"
                 f" | {ours['forward']:.2f} ms | {ours['both']:.2f} ms | {ours['binning']:.2f} ms"
                 f" | {configs[where].slots:,.0f} | {memory:,.0f} | {beside}",
                 flush=True,
@@ -301,6 +312,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, nargs="+", default=[1, 4, 18])
     parser.add_argument("--scenes", nargs="+", default=["blob", "fitted", "shell"])
     parser.add_argument("--blocks", type=int, nargs="+", default=[None])
+    parser.add_argument("--compositing", nargs="+", default=["xla"], help="xla, triton, auto")
     parser.add_argument("--parts", nargs="*", default=["shell"], help="scenes whose stages to time")
     parser.add_argument("--kernels", type=Path, help="folder; times every kernel of the last case")
     parser.add_argument("--repeats", type=int, default=50)
@@ -319,13 +331,14 @@ def main() -> None:
         where = (case.kind, case.views)
         needed = count(case.gaussians, case.camera)
         configs[where] = rasterize.with_room(bare, needed, slack=1.0)
-        for block in options.blocks:
-            config = dataclasses.replace(configs[where], block=block)
+        for build in itertools.product(options.compositing, options.blocks):
+            compositing, block = build
+            config = dataclasses.replace(configs[where], compositing=compositing, block=block)
             for name, function in passes(config).items():
-                jobs[*where, block, name] = (function, case)
+                jobs[*where, *build, name] = (function, case)
         if case.kind in options.parts and case.views == max(options.views):
             for name, function in stages(configs[where]).items():
-                jobs[*where, "parts", name] = (function, case)
+                jobs[*where, "parts", None, name] = (function, case)
     begun = time.perf_counter()
     with futures.ThreadPoolExecutor(1) as beside:
         building = beside.submit(build_gsplat)
@@ -335,12 +348,12 @@ def main() -> None:
     print_rows(cases, configs, programs, options, gsplat)
     for case in cases:
         where = (case.kind, case.views, "parts")
-        parts = {key[3]: program for key, program in programs.items() if key[:3] == where}
+        parts = {key[4]: program for key, program in programs.items() if key[:3] == where}
         if parts:
             print_parts(case, parts, options.repeats)
     if options.kernels is not None:
-        where = (cases[-1].kind, cases[-1].views, options.blocks[0])
-        names = {key[3]: program for key, program in programs.items() if key[:3] == where}
+        where = (cases[-1].kind, cases[-1].views, options.compositing[-1], options.blocks[0])
+        names = {key[4]: program for key, program in programs.items() if key[:4] == where}
         print_kernels(cases[-1], names, options.kernels)
 
 
