@@ -241,18 +241,8 @@ def print_rows(
     gsplat: bool,
 ) -> None:
     device = jax.devices()[0].device_kind
-    columns = [
-        "scene",
-        "views",
-        "compositing",
-        "block",
-        "device",
-        "forward",
-        "+ backward",
-        "binning",
-        "slots",
-    ]
-    columns += ["MB", "gsplat", "ratio"]
+    columns = ["scene", "views", "compositing", "block", "device", "forward", "+ backward"]
+    columns.extend(("binning", "slots", "MB", "gsplat", "ratio"))
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     begun = time.perf_counter()
     for case in cases:
