@@ -69,17 +69,25 @@ def at_most(registers: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh_kernels() -> Iterator[None]:
-    """jax-triton's memory of compiled kernels, which knows nothing of registers, emptied."""
+    """jax-triton's memories of compiled kernels, which know nothing of registers, emptied."""
     from jax_triton import triton_lib
 
-    memory = getattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
-    kept = dict(memory)
-    memory.clear()
+    from v3d_jax.splat.kernels import owners, tiles
+
+    memories = [getattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})]  # before 0.4
+    memories += [
+        getattr(kernel, "_jT_kernel_cache", {})
+        for kernel in (tiles.forward, tiles.backward, owners.gather)
+    ]
+    kept = [dict(memory) for memory in memories]
+    for memory in memories:
+        memory.clear()
     try:
         yield
     finally:
-        memory.clear()
-        memory.update(kept)
+        for memory, before in zip(memories, kept, strict=True):
+            memory.clear()
+            memory.update(before)
 
 
 def fastest(timed: dict[str, list[dict[Variant, float]]]) -> Settings:
