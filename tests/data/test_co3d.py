@@ -7,6 +7,7 @@ import ball_scene
 import grain
 import numpy as np
 import pytest
+from co3d_files import units, write_annotations, write_sequence
 from PIL import Image
 
 from v3d_jax.data import clips, co3d, skips
@@ -14,33 +15,8 @@ from v3d_jax.errors import UserError
 
 CLIP = clips.ClipConfig(num_frames=5, size=64, min_sources=2, max_sources=4)
 CONFIG = co3d.CO3DConfig(clip=CLIP)
-WORLD = ball_scene.moved_world(1)
 FORMATS = ("ndc_isotropic", "ndc_norm_image_bounds")
 NAME = "106_12648_23157"
-
-
-def units(kind, size):
-    """Pixels of one unit of NDC along x and y."""
-    width, height = size
-    return (
-        np.full(2, min(size) / 2.0) if kind == "ndc_isotropic" else np.asarray([width, height]) / 2
-    )
-
-
-def viewpoint(pose, intrinsics, kind, size):
-    """PyTorch3D's camera: the columns of R are its axes in the world, left, up and forward."""
-    right, down, forward = pose[:3, :3]
-    rotation = np.stack([-right, -down, forward], axis=1)
-    centre = -pose[:3, :3].T @ pose[:3, 3]
-    (fx, _, cx), (_, fy, cy), _ = intrinsics
-    middle, unit = np.asarray(size) / 2.0, units(kind, size)
-    return {
-        "R": rotation.tolist(),
-        "T": (-centre @ rotation).tolist(),
-        "focal_length": ([fx, fy] / unit).tolist(),
-        "principal_point": ((middle - [cx, cy]) / unit).tolist(),
-        "intrinsics_format": kind,
-    }
 
 
 def screen(view, points, size):
@@ -50,50 +26,6 @@ def screen(view, points, size):
     ndc = ndc + np.asarray(view["principal_point"])
     # NDC grows to the left and up.
     return np.asarray(size) / 2.0 - ndc * units(view["intrinsics_format"], size)
-
-
-def write_sequence(root, category, name, *, kind="ndc_isotropic", size=ball_scene.LANDSCAPE):
-    """Pictures and masks of a sequence; its frames' annotations and its balls' positions."""
-    shot = ball_scene.shots(size)
-    poses, points = ball_scene.in_world(shot, WORLD)
-    rows = []
-    for number, (rgb, alpha, pose) in enumerate(zip(shot.rgb, shot.alpha, poses, strict=True)):
-        # A file's number is not its frame's.
-        image = f"{category}/{name}/images/frame{number + 11:06d}.jpg"
-        mask = f"{category}/{name}/masks/frame{number + 11:06d}.png"
-        for path, pixels, options in (
-            (image, rgb, {"quality": 95, "subsampling": 0}),
-            (mask, alpha, {}),
-        ):
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(root / path, **options)
-        rows.append(
-            {
-                "sequence_name": name,
-                "frame_number": number,
-                "frame_timestamp": 0.2 * number,
-                "image": {"path": image, "size": [size[1], size[0]]},
-                "depth": {"path": "x.png", "scale_adjustment": 1.0, "mask_path": None},
-                "mask": {"path": mask, "mass": float(alpha.sum() / 255)},
-                "viewpoint": viewpoint(pose, shot.intrinsics, kind, size),
-                "meta": {"frame_type": "train_known"},
-            }
-        )
-    return rows, points
-
-
-def write_annotations(root, category, rows, qualities):
-    folder = root / category
-    with gzip.open(folder / co3d.FRAMES, "wt") as file:
-        # Frames of a sequence need not be in order.
-        json.dump(rows[::-1], file)
-    listed = [
-        {"sequence_name": name, "category": category, "video": None, "point_cloud": None,
-         "viewpoint_quality_score": score}
-        for name, score in qualities.items()
-    ]  # fmt: skip
-    with gzip.open(folder / co3d.SEQUENCES, "wt") as file:
-        json.dump(listed, file)
 
 
 @pytest.fixture

@@ -49,6 +49,10 @@ class CO3DConfig:
     context: float = 0.3
 
 
+class NoSequence(UserError):  # noqa: N818
+    """A category has nothing that can be used."""
+
+
 class Sequence(NamedTuple):
     """A video by the order of its frames; 1.5 KB a frame."""
 
@@ -74,18 +78,22 @@ def sequences(
     *,
     subset: str | None = None,
     split: str = "train",
+    seen_only: bool = False,
 ) -> list[Sequence]:
     """The sequences of a category that make clips; `skip` is told of every other and why.
 
-    With `subset` ("fewview_dev", ...) only those frames count that its list has in `split`. What is
-    left out: sequences with too few frames, below the quality asked for, with frames that have no
-    camera or mask, or with missing files. Raises `UserError` for annotations and lists that are
-    missing, damaged or lack an entry, for cameras that are none, and if nothing is left.
+    With `subset` ("fewview_dev", ...) only those frames count that its list has in `split`, with
+    `seen_only` only those whose mask is annotated to hold more than a pixel. What is left out:
+    sequences with too few frames, below the quality asked for, with frames that have no camera or
+    mask, or with missing files. Raises `UserError` for annotations and lists that are missing,
+    damaged or lack an entry and for cameras that are none, and `NoSequence` if nothing is left.
     """
     frames = _frames(root / category / FRAMES)
     qualities = _qualities(root / category / SEQUENCES)
     if subset is not None:
         frames = _listed(frames, root / category / "set_lists" / f"set_lists_{subset}.json", split)
+    if seen_only:
+        frames = {name: [frame for frame in of if _seen(frame)] for name, of in frames.items()}
     found, first = [], ""
     for name, members in frames.items():
         members = sorted(members, key=lambda frame: (frame.time, frame.number))
@@ -101,7 +109,7 @@ def sequences(
         skip(f"{category}/{name}", reason)
     if not found:
         told = f"({first})" if first else "(there is none)"
-        raise UserError(f"no sequence of {root / category} can be used {told}")
+        raise NoSequence(f"no sequence of {root / category} can be used {told}")
     return found
 
 
@@ -114,11 +122,16 @@ def read(sequence: Sequence, config: CO3DConfig, rng: np.random.Generator) -> cl
     """
 
     def cutter(view: poses.Posed) -> clips.Cut:
-        rgb, mask, _ = views.pixels(view, f'its "image.size" in {FRAMES} is')
-        box = (0, 0, *view.size) if mask is None else _box(mask, config)
-        return clips.cut(rgb, mask, view.intrinsics, box, config.clip.size)
+        return cut(view, config)
 
     return clips.read(sequence.name, sequence.posed, cutter, config.clip, rng)
+
+
+def cut(view: poses.Posed, config: CO3DConfig) -> clips.Cut:
+    """One frame's object with its context; raises `UserError` as `read` does."""
+    rgb, mask, _ = views.pixels(view, f'its "image.size" in {FRAMES} is')
+    box = (0, 0, *view.size) if mask is None else _box(mask, config)
+    return clips.cut(rgb, mask, view.intrinsics, box, config.clip.size)
 
 
 def _box(mask: UInt8[np.ndarray, "h w"], config: CO3DConfig) -> tuple[int, int, int, int]:
@@ -207,6 +220,11 @@ def _refusal(frames: list[_Frame], quality: float | None, config: CO3DConfig) ->
         if without:
             return f"has {len(without)} frames without {key}, the first is {without[0]}"
     return None
+
+
+def _seen(frame: _Frame) -> bool:
+    """Whether the mask holds more than a pixel, which is what PyTorch3D's reader asks of it."""
+    return frame.row.get("mask") is None or _number(frame.row, frame.where, "mask", "mass") > 1.0
 
 
 def _missing(posed: tuple[poses.Posed, ...]) -> str | None:
