@@ -6,6 +6,10 @@ collections. DIR becomes a TFDS data set for `v3d_jax.train`, of orbits around t
 show nothing are named in DIR/skipped.csv and left out. When it was stopped, or killed, the same
 command goes on where it was. With `--latents MODEL` what a training of MODEL needs of the frames is
 computed as well.
+
+    python -m v3d_jax.render --mvimgnet ROOT --out DIR --views 24
+
+makes the data set of clips of real places instead, of MVImgNet or, by `--co3d ROOT`, of CO3D.
 """
 
 import contextlib
@@ -28,6 +32,7 @@ from v3d_jax.data import (
     orbits,
     quality,
     reading,
+    recording,
     rooms,
     solids,
     turntable,
@@ -39,13 +44,14 @@ from v3d_jax.training import cached
 class RenderArgs:
     """Renders orbits around meshes into a data set."""
 
-    meshes: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Mesh files, folders, .sh3f catalogues or packed collections."""
     out: Path
     """Folder to make; it must not exist, or have been made by the same command."""
     turntable: Annotated[turntable.TurntableConfig, tyro.conf.arg(name="")]
     quality: Annotated[quality.QualityConfig, tyro.conf.arg(name="")]
     reading: Annotated[reading.ReadConfig, tyro.conf.arg(name="")]
+    clips: Annotated[recording.ClipArgs, tyro.conf.arg(name="")]
+    meshes: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Mesh files, folders, .sh3f catalogues or packed collections."""
     solids: int = 0
     """Procedural objects to render besides, with textures lent from the training meshes."""
     scenes: int = 0
@@ -67,9 +73,20 @@ class RenderArgs:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line, renders, and reports what was made and what was left out."""
+    """Parses the command line, makes the data set, and reports what was made and left out."""
     args = tyro.cli(RenderArgs, args=argv, prog="python -m v3d_jax.render", description=__doc__)
     _check(args)
+    if args.clips.mvimgnet is not None or args.clips.co3d is not None:
+        _record(args)
+    else:
+        _render_meshes(args)
+    if args.latents is not None:
+        config = cached.CachedLatentsConfig(cache=latents.CacheConfig(args.image_size))
+        cached.write(args.out, args.latents, config, jnp.dtype(args.dtype))
+
+
+def _render_meshes(args: RenderArgs) -> None:
+    """Finds what the meshes are, and renders what is not there yet."""
     lenders = finder.find(args.meshes, _names(args.heldout))
     with reading.Readers(args.reading, args.quality) as readers:
         lenders = [readers.guarded(entry) for entry in lenders]
@@ -84,9 +101,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.out} is complete already")
         else:
             _render(args, entries, lenders, made_from)
-    if args.latents is not None:
-        config = cached.CachedLatentsConfig(cache=latents.CacheConfig(args.image_size))
-        cached.write(args.out, args.latents, config, jnp.dtype(args.dtype))
 
 
 def _render(
@@ -132,6 +146,53 @@ def _render(
         print(f"{len(writer.skipped)} objects left out: {args.out / orbits.SKIPPED}")
 
 
+def _record(args: RenderArgs) -> None:
+    """Writes the clips of real places that are not there yet, and completes the data set."""
+    views, size = args.turntable.views, args.turntable.size
+    heldout, (first, step) = set(_names(args.heldout)), _part(args.part)
+    made_from = {
+        "settings": recording.settings(args.clips, views, size),
+        "clips": recording.digest(args.clips),
+        "heldout": sorted(heldout),
+        "split": args.split,
+        "part": args.part,
+    }
+    if args.out.exists() and orbits.made_from(args.out) == made_from:
+        print(f"{args.out} is complete already")
+        return
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(
+            orbits.Writer(args.out, views=views, size=size, made_from=made_from)
+        )
+        done = {name for name, _ in writer.done}
+        if done or writer.skipped:
+            print(f"going on: {len(done)} clips are there")
+        bar = stack.enter_context(tqdm(desc="reading", unit="clip", total=0, initial=len(done)))
+
+        def leave_out(name: str, reason: str) -> None:
+            if name not in writer.skipped:
+                writer.skip(name, reason)
+                bar.write(f"left out: {name}: {reason}", file=sys.stderr)
+
+        count = 0
+        for category, found in recording.find(args.clips, views, size, leave_out):
+            bar.set_postfix_str(category, refresh=False)
+            splits = {one.name: "heldout" if one.name in heldout else "train" for one in found}
+            chosen = [one for one in found if args.split in ("all", splits[one.name])]
+            mine = chosen[(first - count) % step :: step]
+            count += len(chosen)
+            mine = [one for one in mine if one.name not in writer.skipped]
+            bar.total += len(mine)
+            for orbit in recording.records(mine, leave_out, done=done, workers=args.workers):
+                writer.add(splits[orbit.name], orbit)
+                bar.update()
+        counts = writer.finish()
+    made = ", ".join(f"{number} in {split}" for split, number in sorted(counts.items()))
+    print(f"{counts.total()} clips ({made}): {args.out}")
+    if writer.skipped:
+        print(f"{len(writer.skipped)} clips left out: {args.out / orbits.SKIPPED}")
+
+
 def _made_from(args: RenderArgs, entries: Sequence[finder.Entry]) -> dict[str, Any]:
     """What decides the records: the settings, and the objects' names, splits and files' sizes."""
     digest = hashlib.sha256()
@@ -156,6 +217,12 @@ def _check(args: RenderArgs) -> None:
     for name, low in least.items():
         if getattr(config, name) < low:
             raise errors.UserError(f"--{name.replace('_', '-')} must be at least {low}")
+    recording.check(args.clips)
+    if args.clips.mvimgnet is not None or args.clips.co3d is not None:
+        if args.meshes or args.scenes or args.solids:
+            raise errors.UserError("--mvimgnet and --co3d need no meshes: leave these out")
+        if config.views < 2:
+            raise errors.UserError("--views must be at least 2 for clips")
     if config.elevation_jitter >= 90:
         raise errors.UserError("--elevation-jitter must be below 90 degrees")
     if args.scenes and config.variants > 1:

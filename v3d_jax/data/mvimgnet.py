@@ -34,6 +34,27 @@ class MVImgNetConfig:
     random_crop: bool = False
 
 
+def folders(root: Path) -> list[Path]:
+    """The objects' folders below `root`, sorted, unread; raises `UserError` if there are none."""
+    found = sorted(path for path in root.glob("*/*") if path.is_dir())
+    if not found:
+        raise UserError(f"{root} holds no objects: give the folder of CATEGORY/OBJECT/images")
+    return found
+
+
+def name(folder: Path) -> str:
+    """CATEGORY/OBJECT."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def refusal(folder: Path, config: MVImgNetConfig) -> str | None:
+    """Why an object makes no clip, if it does not, as far as its model tells."""
+    try:
+        return clips.refusal(_views(folder), config.clip)
+    except UserError as error:
+        return str(error)
+
+
 def objects(root: Path, config: MVImgNetConfig, skip: clips.Skip) -> list[Path]:
     """The folders below `root` that make clips, sorted; `skip` is told of every other and why.
 
@@ -41,22 +62,17 @@ def objects(root: Path, config: MVImgNetConfig, skip: clips.Skip) -> list[Path]:
     damaged one, with too few frames, or with pictures missing. Raises `UserError` if
     nothing is left.
     """
-    folders = sorted(path for path in root.glob("*/*") if path.is_dir())
-    if not folders:
-        raise UserError(f"{root} holds no objects: give the folder of CATEGORY/OBJECT/images")
+    everything = folders(root)
     found, first = [], ""
-    for folder in folders:
-        try:
-            reason = clips.refusal(_views(folder), config.clip)
-        except UserError as error:
-            reason = str(error)
+    for folder in everything:
+        reason = refusal(folder, config)
         if reason is None:
             found.append(folder)
             continue
-        first = first or f"{_name(folder)}: {reason}"
-        skip(_name(folder), reason)
+        first = first or f"{name(folder)}: {reason}"
+        skip(name(folder), reason)
     if not found:
-        raise UserError(f"none of {len(folders)} objects in {root} can be used ({first})")
+        raise UserError(f"none of {len(everything)} objects in {root} can be used ({first})")
     return found
 
 
@@ -72,7 +88,7 @@ def read(folder: Path, config: MVImgNetConfig, rng: np.random.Generator) -> clip
         box = _square(view.size, rng if config.random_crop else None)
         return clips.cut(rgb, mask, view.intrinsics, box, config.clip.size)
 
-    return clips.read(_name(folder), _views(folder), cutter, config.clip, rng)
+    return clips.read(name(folder), _views(folder), cutter, config.clip, rng)
 
 
 def _views(folder: Path) -> list[poses.Posed]:
@@ -90,7 +106,3 @@ def _square(size: tuple[int, int], rng: np.random.Generator | None) -> tuple[int
         for length in size
     )
     return left, top, left + side, top + side
-
-
-def _name(folder: Path) -> str:
-    return f"{folder.parent.name}/{folder.name}"
