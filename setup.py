@@ -54,6 +54,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "matting": ["rembg[cpu]>=2.0.60"],
         "texture": ["xatlas>=0.0.11"],
+        "colmap": ["pycolmap>=3.12"],
         "test": TEST,
         "tpu-aot": [*TEST, "jax[tpu]>=0.10.2"],
         "parity": [*TEST, *PARITY],
