@@ -12,6 +12,7 @@ import pytest
 from v3d_jax import errors, evaluate, pipeline
 from v3d_jax.data import heldout, orbits, png
 from v3d_jax.diffusion import sampler
+from v3d_jax.evaluation import measure, objects
 from v3d_jax.nn import autoencoder, clip, conditioner, generator, lpips, unet
 from v3d_jax.ops import metrics
 from v3d_jax.weights import folder
@@ -110,14 +111,14 @@ def random_lpips():
 
 
 def made(params, seed=0):
-    objects = heldout.select(HELDOUT, SIZE)
-    return list(evaluate.predict(CONFIG, params, None, objects, TRAIN, batch=2, seed=seed))
+    chosen = heldout.select(HELDOUT, SIZE)
+    return list(objects.predict(CONFIG, params, None, chosen, TRAIN, batch=2, seed=seed))
 
 
 def test_batched_generation_is_the_pipeline_object_by_object(params):
     inputs = jnp.stack([jnp.asarray(frames(i)[0], jnp.float32) / 255 for i in range(2)])
     keys = jax.random.split(jax.random.key(5), 2)
-    batched = fixtures.jit(evaluate.generate, static_argnums=0)(CONFIG, params, inputs, keys)
+    batched = fixtures.jit(objects.generate, static_argnums=0)(CONFIG, params, inputs, keys)
     alone = fixtures.jit(pipeline.image_to_orbit, static_argnums=0)
     assert batched.shape == (2, COUNT, SIZE, SIZE, 3)
     for i in range(2):
@@ -130,7 +131,7 @@ def test_score_leaves_the_first_frame_out_and_averages_the_rest():
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 256, (2, COUNT, SIZE, SIZE, 3), np.uint8) for _ in range(2))
     perceptual = random_lpips()
-    score = fixtures.jit(evaluate.score)
+    score = fixtures.jit(objects.score)
     got = score(perceptual, jnp.asarray(a), jnp.asarray(b))
     x, y = (jnp.asarray(v[:, 1:], jnp.float32) / 255 for v in (a, b))
     np.testing.assert_allclose(got["psnr"], metrics.psnr(x, y).mean(axis=1), rtol=1e-5)
@@ -144,8 +145,8 @@ def test_score_leaves_the_first_frame_out_and_averages_the_rest():
 
 def test_exact_predictions_score_the_cap():
     same = jnp.asarray(frames(0)[None, :COUNT])
-    got = fixtures.jit(evaluate.score)(None, same, same)
-    assert got["psnr"] == evaluate.MAX_PSNR
+    got = fixtures.jit(objects.score)(None, same, same)
+    assert got["psnr"] == measure.MAX_PSNR
     assert set(got) == {"psnr", "ssim"}
     np.testing.assert_allclose(got["ssim"], 1.0, atol=1e-5)
 
@@ -155,29 +156,29 @@ def test_predictors_see_what_they_should(params):
     assert len(predictions) == 3
     for i, prediction in enumerate(predictions):
         np.testing.assert_array_equal(prediction.truth, frames(i)[::2])
-        repeated = prediction.frames[evaluate.REPEATED]
+        repeated = prediction.frames[objects.REPEATED]
         np.testing.assert_array_equal(repeated, np.repeat(frames(i)[:1], COUNT, axis=0))
-        assert tuple(prediction.frames) == tuple(prediction.scores) == evaluate.ROWS
-    np.testing.assert_array_equal(predictions[1].frames[evaluate.NEAREST], predictions[1].truth)
-    assert predictions[1].scores[evaluate.NEAREST]["psnr"] == pytest.approx(evaluate.MAX_PSNR)
-    assert predictions[0].scores[evaluate.NEAREST]["psnr"] < 20
+        assert tuple(prediction.frames) == tuple(prediction.scores) == objects.ROWS
+    np.testing.assert_array_equal(predictions[1].frames[objects.NEAREST], predictions[1].truth)
+    assert predictions[1].scores[objects.NEAREST]["psnr"] == pytest.approx(measure.MAX_PSNR)
+    assert predictions[0].scores[objects.NEAREST]["psnr"] < 20
 
     true = jnp.asarray(predictions[2].truth, jnp.float32) / 255
     network = pipeline.networks(CONFIG, params).autoencoder
     rebuilt = network.decode(network.encode(2 * true - 1).mean[None])[0]
     ceiling = np.clip((rebuilt + 1) / 2, 0, 1) * 255
-    np.testing.assert_allclose(predictions[2].frames[evaluate.CEILING], ceiling, atol=1.0)
+    np.testing.assert_allclose(predictions[2].frames[objects.CEILING], ceiling, atol=1.0)
 
 
 def test_an_orbit_depends_on_the_seed_and_the_place_alone(params):
     first, other = made(params), made(params, seed=1)
     alone = fixtures.jit(pipeline.image_to_orbit, static_argnums=0)
     for i in range(3):
-        assert (first[i].frames[evaluate.MODEL] != other[i].frames[evaluate.MODEL]).any()
-        assert first[i].scores[evaluate.NEAREST] == other[i].scores[evaluate.NEAREST]
+        assert (first[i].frames[objects.MODEL] != other[i].frames[objects.MODEL]).any()
+        assert first[i].scores[objects.NEAREST] == other[i].scores[objects.NEAREST]
         key = jax.random.fold_in(jax.random.key(0), i)
         expected = alone(CONFIG, params, jnp.asarray(frames(i)[0], jnp.float32) / 255, key)
-        np.testing.assert_allclose(first[i].frames[evaluate.MODEL], 255 * expected, atol=0.6)
+        np.testing.assert_allclose(first[i].frames[objects.MODEL], 255 * expected, atol=0.6)
 
 
 def test_command_prints_a_table_and_writes_files(model, data, no_lpips, tmp_path, capsys):
@@ -188,8 +189,8 @@ def test_command_prints_a_table_and_writes_files(model, data, no_lpips, tmp_path
     lines = printed.out.splitlines()
     assert "2 objects, 2 unseen views each" in lines[0]
     assert lines[1].split() == ["PSNR", "dB", "SSIM"]
-    assert [line[: len(name)] for line, name in zip(lines[2:6], evaluate.ROWS, strict=True)] == [
-        *evaluate.ROWS
+    assert [line[: len(name)] for line, name in zip(lines[2:6], objects.ROWS, strict=True)] == [
+        *objects.ROWS
     ]
     assert lines[6].startswith("PSNR is -")
 

@@ -23,6 +23,7 @@ LAYERS = (
         "surfacing",
         "meshing",
         "scenes",
+        "evaluation",
     ),
     ENTRY,
 )

@@ -7,7 +7,8 @@ import ball_scene
 import grain
 import numpy as np
 import pytest
-from co3d_files import units, write_annotations, write_sequence
+from co3d_files import write_sequence
+from co3d_walks import units, write_annotations
 from PIL import Image
 
 from v3d_jax.data import clips, co3d, skips

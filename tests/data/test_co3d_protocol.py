@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from co3d_files import write_annotations, write_list, write_walk
+from co3d_walks import write_annotations, write_list, write_walk
 
 from v3d_jax import errors
 from v3d_jax.data import co3d_protocol as protocol

@@ -9,7 +9,8 @@ from pathlib import Path
 import ball_scene
 import numpy as np
 import pytest
-from co3d_files import write_annotations, write_list, write_sequence
+from co3d_files import write_sequence
+from co3d_walks import write_annotations, write_list
 from mvimgnet_files import write_object
 
 from v3d_jax import errors, render

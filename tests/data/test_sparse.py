@@ -2,59 +2,17 @@
 
 import builtins
 
-import fixtures
-import jax.numpy as jnp
+import corner_views
 import numpy as np
 import pytest
 
 from v3d_jax import errors
-from v3d_jax.data import paths, sparse
-from v3d_jax.mesh import rasterize, shade, surface
-from v3d_jax.ops import camera
-
-VIEWS, SIDE, TEXELS = 6, 96, 32
-RASTER = rasterize.RasterConfig(width=SIDE, height=SIDE, rows=1 << 12, slots=1 << 13)
+from v3d_jax.data import sparse
 
 
-def corner():
-    """Two walls of two units that meet at a right angle along z, with noise on them."""
-    rng = np.random.default_rng(0)
-    atlas = np.full((1, TEXELS, TEXELS, 4), 255, np.uint8)
-    blocks = rng.integers(0, 256, (TEXELS // 2, TEXELS // 2, 3), np.uint8)
-    atlas[0, ..., :3] = blocks.repeat(2, axis=0).repeat(2, axis=1)
-    square = np.asarray([[0.0, -1.0], [1.0, -1.0], [1.0, 1.0], [0.0, 1.0]])
-    zero = np.zeros(4)
-    walls = [
-        np.stack([zero, square[:, 0], square[:, 1]], axis=1),
-        np.stack([square[:, 0], zero, square[:, 1]], axis=1),
-    ]
-    faces = np.asarray([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]], np.int32)
-    uv = np.stack([square[:, 0], 0.5 * square[:, 1] + 0.5], axis=1)
-    mesh = surface.from_geometry(np.concatenate(walls), faces)
-    return mesh._replace(
-        uv=np.concatenate([uv, uv])[faces].astype(np.float32),
-        texture=np.zeros(1, np.int32),
-        atlas=atlas,
-    )
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def shots():
-    """Frames of the corner along an arc, and their cameras."""
-    first = paths.look_at(np.asarray([1.9, 1.0, 0.5]), np.asarray([0.3, 0.3, 0.0]))
-    up = np.asarray([0.0, 0.0, 1.0])
-    poses = paths.orbit(first, np.asarray([0.3, 0.3, 0.0]), up, 40.0, VIEWS)
-    lens = camera.pinhole(60.0, SIDE, SIDE)
-    size = jnp.full(VIEWS, SIDE, jnp.int32)
-    lenses = jnp.broadcast_to(lens, (VIEWS, 3, 3))
-    cameras = camera.Camera(jnp.asarray(poses, jnp.float32), lenses, size, size)
-    white = shade.Lights(jnp.ones(3), jnp.asarray([[0.0, 0.0, 1.0]]), jnp.zeros((1, 3)))
-    draw = fixtures.jit(lambda: shade.render(corner(), cameras, white, RASTER, alpha=False))
-    found = draw()
-    assert not bool(found.overflow(RASTER))
-    rgba = np.asarray(found.rgba)
-    images = rgba[..., :3] * rgba[..., 3:] + 1.0 - rgba[..., 3:]
-    return (255.0 * images + 0.5).astype(np.uint8), poses, np.asarray(lenses, np.float64)
+    return corner_views.shots()
 
 
 def test_points_lie_on_the_surface_that_was_rendered(shots):

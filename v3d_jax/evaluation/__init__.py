@@ -1,0 +1,1 @@
+"""Scores of models on held-out objects and scenes, and of the frames that they make."""
