@@ -177,6 +177,7 @@ def _sources(args: EvaluateArgs, config: pipeline.Settings) -> list[scenes.Sourc
 
 def _points(args: EvaluateArgs) -> None:
     """Compares clouds, prints them and writes the files."""
+    sparse.check()
     about: dict[str, Any] = {"protocol": "points", **dataclasses.asdict(args.colmap)}
     if args.folders:
         pairs = points.of_folders(args.folders)

@@ -1,6 +1,6 @@
 """COLMAP's points on frames of the package's renderer, and distances of known clouds."""
 
-import builtins
+import sys
 
 import corner_views
 import numpy as np
@@ -65,15 +65,8 @@ def test_distances_of_known_clouds():
 
 def test_what_colmap_cannot_do_is_told_in_one_line(shots, monkeypatch):
     images, poses, lenses = shots
-    real = builtins.__import__
-
-    def absent(name, *rest):
-        if name == "pycolmap":
-            raise ImportError(name)
-        return real(name, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(builtins, "__import__", absent)
+        patch.setitem(sys.modules, "pycolmap", None)
         with pytest.raises(errors.UserError, match=r"pip install '\.\[colmap\]'"):
             sparse.triangulate(images, poses, lenses)
     pytest.importorskip("pycolmap", reason="COLMAP is not installed: pip install '.[colmap]'")

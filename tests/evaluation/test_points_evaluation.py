@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import corner_views
 import fixtures
@@ -122,6 +123,7 @@ def test_pairs_without_points_have_no_distance():
 
 
 def test_what_cannot_be_compared_is_told_in_one_line(tmp_path):
+    pytest.importorskip("pycolmap", reason="COLMAP is not installed: pip install '.[colmap]'")
     folder = write(tmp_path / "one", [0, 1])
     for given, part in (
         ([str(folder)], "compares two folders, GENERATED REAL, and 1 were given"),
@@ -133,3 +135,9 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path):
             evaluate.main(["--protocol", "points", *given])
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_without_colmap_nothing_is_begun(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    with pytest.raises(errors.UserError, match=r"pip install '\.\[colmap\]'"):
+        evaluate.main(["--protocol", "points", "--data-dir", "/nowhere"])

@@ -101,6 +101,8 @@ def test_a_clip_of_the_models_length_is_the_pipelines(key):
 
 def test_cameras_of_a_clip_are_the_frames_own_and_short_clips_repeat_the_last():
     one = given(views=3)
+    zoom = np.linspace(1.0, 1.5, len(one.images))[:, None, None]
+    one = one._replace(intrinsics=one.intrinsics * np.where([[1], [1], [0]], zoom, 1.0))
     assert one.inputs == (0, 2, 5)
     views, targets = scenes.prepare(one, (0, 4), FRAMES)
     assert views.images.shape == (1, 3, SIZE, SIZE, 3)
@@ -112,6 +114,7 @@ def test_cameras_of_a_clip_are_the_frames_own_and_short_clips_repeat_the_last():
     moved, _, _ = clips.normalise(one.world_to_camera[[0, 4, 2, 5]])
     np.testing.assert_allclose(targets.world_to_camera[0, 1], moved[1], atol=1e-6)
     np.testing.assert_allclose(views.cameras.world_to_camera[0, 1:], moved[2:], atol=1e-6)
+    np.testing.assert_allclose(targets.intrinsics[0], one.intrinsics[[0, 4, 4]], rtol=1e-6)
     np.testing.assert_allclose(views.cameras.intrinsics[0], one.intrinsics[[0, 2, 5]], rtol=1e-6)
     np.testing.assert_allclose(
         views.images[0, 2], 2.0 * one.images[5].astype(np.float32) / 255.0 - 1.0, atol=1e-6

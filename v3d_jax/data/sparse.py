@@ -45,6 +45,11 @@ class Distance(NamedTuple):
     chamfer: float  # the mean of both
 
 
+def check() -> None:
+    """Raises `UserError` without pycolmap, before work is done that would need it."""
+    _pycolmap()
+
+
 def triangulate(
     images: UInt8[np.ndarray, "v h w 3"],
     world_to_camera: Float[np.ndarray, "v 4 4"],
