@@ -10,7 +10,7 @@ Result:   not run
 
 Noise, dropped conditions and the weight of the colours' loss are those of V3D's code, which names
 neither data nor steps for its scene model and comes without weights of it: the rest is not V3D's.
-`data.posed.record` makes records of clips of MVImgNet and CO3D beside the rendered rooms.
+`render --mvimgnet` and `--co3d` make data sets of real clips beside the rendered rooms.
 """
 
 import dataclasses
