@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 from tqdm import tqdm
 
 from v3d_jax import console, errors, pipeline
@@ -130,9 +130,20 @@ def generate(
     made: dict[int, np.ndarray] = {}
     for number, chosen in enumerate(shots.clips(given, frames)):
         views, targets = prepare(given, chosen, frames)
-        clip = _views_to_frames(settings, params, views, targets, jax.random.fold_in(key, number))
-        made |= dict(zip(chosen, measure.to_bytes(clip[0]), strict=False))
+        clip = frames_of(settings, params, views, targets, jax.random.fold_in(key, number))
+        made |= dict(zip(chosen, clip, strict=False))
     return np.stack([made[frame] for frame in given.unseen])
+
+
+def frames_of(
+    settings: pipeline.Settings,
+    params: Any,
+    views: pixelnerf.Views,
+    targets: Camera,
+    key: Key[Array, ""],
+) -> UInt8[np.ndarray, "t s s 3"]:
+    """The frames of one clip: `pipeline.views_to_frames`, compiled."""
+    return measure.to_bytes(_views_to_frames(settings, params, views, targets, key)[0])
 
 
 def prepare(
@@ -148,16 +159,26 @@ def prepare(
     poses = dict(zip(everyone, moved, strict=True))
     padded = (*chosen, *chosen[-1:] * (frames - len(chosen)))
     side = given.images.shape[1]
+    lenses = [
+        cameras(np.stack([poses[n] for n in numbers]), given.intrinsics[list(numbers)], side)
+        for numbers in (given.inputs, padded)
+    ]
+    return source_views(given, lenses[0]), lenses[1]
 
-    def cameras(numbers: Sequence[int]) -> Camera:
-        size = jnp.full((1, len(numbers)), side, jnp.int32)
-        pose = np.stack([poses[number] for number in numbers])[None]
-        lens = given.intrinsics[list(numbers)][None]
-        return Camera(jnp.asarray(pose, jnp.float32), jnp.asarray(lens, jnp.float32), size, size)
 
+def source_views(given: shots.Shots, lenses: Camera) -> pixelnerf.Views:
+    """The input views as a model takes them, seen by the cameras [1, v]."""
     pictures = images.to_network(measure.from_bytes(given.images[list(given.inputs)]))[None]
-    valid = jnp.ones((1, len(given.inputs)), bool)
-    return pixelnerf.Views(pictures, cameras(given.inputs), valid), cameras(padded)
+    return pixelnerf.Views(pictures, lenses, jnp.ones((1, len(given.inputs)), bool))
+
+
+def cameras(
+    poses: Float[np.ndarray, "n 4 4"], intrinsics: Float[np.ndarray, "n 3 3"], side: int
+) -> Camera:
+    """Cameras [1, n] of square pictures."""
+    size = jnp.full((1, len(poses)), side, jnp.int32)
+    pose, lens = (jnp.asarray(x[None], jnp.float32) for x in (poses, intrinsics))
+    return Camera(pose, lens, size, size)
 
 
 def _reader(records: Any, place: int, size: int) -> Callable[[int], shots.Shots]:
