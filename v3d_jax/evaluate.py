@@ -5,6 +5,7 @@
 | orbits | orbits of held-out objects, made from one view of each (`evaluation.objects`) |
 | scenes | unseen views of held-out scenes, with one and three input views (`evaluation.scenes`) |
 | co3d DIR | the same on CO3D's sequences, with two and three (`data.co3d_protocol`) |
+| rotation | how a scene model's picture moves as the camera turns (`evaluation.rotation`) |
 | points [GENERATED REAL] | COLMAP's points on generated and on real frames (`evaluation.points`) |
 
 Metrics are PSNR, SSIM and LPIPS, averaged over the unseen views, then over the objects. Beside the
@@ -21,11 +22,12 @@ import tyro
 
 from v3d_jax import __version__, console, errors, pipeline
 from v3d_jax.data import co3d_protocol, orbits, sparse
-from v3d_jax.evaluation import measure, objects, points, scenes
+from v3d_jax.evaluation import measure, objects, points, rotation, scenes
 from v3d_jax.weights import folder, packaged, settings
 
-Protocol = Literal["orbits", "scenes", "co3d", "points"]
+Protocol = Literal["orbits", "scenes", "co3d", "rotation", "points"]
 VIEWS: dict[Protocol, tuple[int, ...]] = {"scenes": (1, 3), "co3d": (2, 3)}
+SCENE_MODELS = (*VIEWS, "rotation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.protocol == "points":
         _points(args)
         return
+    if args.protocol == "rotation":
+        _rotation(args)
+        return
     results = evaluate(args)
     for result in results.values():
         print(_heading(args, result))
@@ -116,7 +121,7 @@ def load(args: EvaluateArgs) -> tuple[folder.Model, pipeline.Settings]:
         raise errors.UserError(
             f"{args.model} is a scene model: name a model of objects, or add --protocol scenes"
         )
-    if args.protocol in VIEWS and not is_scene:
+    if args.protocol in SCENE_MODELS and not is_scene:
         raise errors.UserError(
             f"{args.model} is no scene model: name one by --model (configs/scene_mini.py trains it)"
         )
@@ -198,6 +203,19 @@ def _points(args: EvaluateArgs) -> None:
         print(f"written: {args.out}")
 
 
+def _rotation(args: EvaluateArgs) -> None:
+    """Follows corners as cameras turn, prints how far off they are and writes the files."""
+    model, config = load(args)
+    sources = _sources(args, config)
+    result = rotation.evaluate(config, model.params, sources, args.seed)
+    where = f"{args.model} on {args.data_dir}, {args.data}: {len(sources)} scenes"
+    print(f"{where}, cameras turned by {rotation.DEGREES:g} degrees")
+    print(rotation.report(result))
+    if args.out is not None:
+        rotation.write(args.out, result, describe(args, model, config, None))
+        print(f"written: {args.out}")
+
+
 def _heading(args: EvaluateArgs, result: measure.Result) -> str:
     about = result.about
     what = f"{args.model} on {about['data']}, {about['split']}: {len(result.names)}"
@@ -216,7 +234,7 @@ def _check(args: EvaluateArgs) -> None:
         raise errors.UserError("--views are numbers from 1, for --protocol scenes and co3d")
     if args.protocol == "co3d" and len(args.folders) != 1:
         raise errors.UserError("--protocol co3d DIR: give the folder of CO3D's categories")
-    if args.protocol in ("orbits", "scenes") and args.folders:
+    if args.protocol in ("orbits", "scenes", "rotation") and args.folders:
         raise errors.UserError(
             f"--protocol {args.protocol} takes a data set: name it by --data-dir, not as a folder"
         )
