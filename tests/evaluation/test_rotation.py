@@ -131,7 +131,8 @@ def test_edges_and_repeated_corners_do_not_count():
     row, column = np.mgrid[:96, :96]
     board = np.where((row // 12 + column // 12) % 2, 255, 0).astype(np.uint8)
     assert len(corners.detect(board[..., None].repeat(3, axis=2), 6)) == 0
-    one = np.where((row > 40) & (column > 40), 255, 0).astype(np.uint8)
+    # Faint, against the strong response that the edge of the picture itself would have.
+    one = np.where((row > 40) & (column > 40), 200, 190).astype(np.uint8)
     found = corners.detect(one[..., None].repeat(3, axis=2), 6)
     np.testing.assert_allclose(found, [[41.0, 41.0]], atol=1.0)
 
