@@ -44,8 +44,8 @@ from v3d_jax.ops import camera as cameras
 from v3d_jax.splat import bin as bins
 from v3d_jax.splat import composite, rasterize
 from v3d_jax.splat import gaussians as splats
-from v3d_jax.splat.kernels import nvidia
-from v3d_jax.splat.kernels.nvidia import Launch, Settings
+from v3d_jax.splat.kernels import launches, nvidia
+from v3d_jax.splat.kernels.nvidia import Settings
 
 WRONG = 1e-3  # differences that are not rounding
 
@@ -115,16 +115,16 @@ def built(function: Callable[..., Any], settings: Settings) -> Callable[..., Any
     return traced
 
 
-def program(variant: Variant, build: Callable[..., Launch], *arguments: Any) -> Any:
+def program(variant: Variant, build: Callable[..., launches.Launch], *arguments: Any) -> Any:
     """A launch, compiled for arguments of these shapes."""
 
     def run(*arguments: Any) -> Any:
         launch = build(*arguments)
         if variant.module is None:
-            return nvidia.run(launch)
+            return launches.run(launch)
         other = importlib.import_module(variant.module)
-        with mock.patch.object(nvidia, "kernel", lambda launch: getattr(other, launch.kernel)):
-            return nvidia.run(launch)
+        with mock.patch.object(launches, "kernel", lambda launch: getattr(other, launch.kernel)):
+            return launches.run(launch)
 
     with at_most(variant.registers):
         return jax.jit(run).lower(*arguments).compile()

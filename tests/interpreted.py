@@ -1,6 +1,6 @@
 """Runs the Triton kernels in Triton's interpreter, on arrays of a CPU: no GPU and no torch.
 
-`launch` stands in for `v3d_jax.splat.kernels.nvidia.run`.
+`launch` stands in for `v3d_jax.splat.kernels.launches.run`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from v3d_jax.splat.kernels import nvidia
+from v3d_jax.splat.kernels import launches
 
 # Read when a kernel's module is imported, which happens at the first launch.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -65,14 +65,14 @@ def interpreter():
 
 
 def launch(call):
-    """A `nvidia.Launch` as a callback that interprets it."""
+    """A `launches.Launch` as a callback that interprets it."""
 
-    kernel = nvidia.kernel(call)
+    kernel = launches.kernel(call)
 
     def run(*inputs):
         inputs = [np.ascontiguousarray(x) for x in inputs]
         # What a kernel must not read is not a number.
-        fill = {np.float32: np.nan, np.int32: -(2**30)}
+        fill = {np.float32: np.nan, np.int32: -(2**30), np.uint16: 65000, np.uint32: 2**31}
         outputs = [
             np.full(o.shape, 0 if i in call.zeroed else fill[o.dtype.type], o.dtype)
             for i, o in enumerate(call.outputs)

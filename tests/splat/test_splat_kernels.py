@@ -21,7 +21,7 @@ import pytest
 
 from v3d_jax.ops import target
 from v3d_jax.splat import bin, rasterize
-from v3d_jax.splat.kernels import nvidia
+from v3d_jax.splat.kernels import launches, nvidia
 
 IMAGE, GRADIENT = 1e-5, 1e-4
 WIDTH, HEIGHT, COUNT = 29, 19, 60  # no multiples of a tile
@@ -36,7 +36,7 @@ def kernels(monkeypatch):
         assert nvidia.missing() is None
         return
     pytest.importorskip("triton", reason="the kernels' interpreter is triton's")
-    monkeypatch.setattr(nvidia, "run", interpreted.launch)
+    monkeypatch.setattr(launches, "run", interpreted.launch)
 
 
 def evaluate(config):

@@ -1,15 +1,12 @@
 """Compositing on NVIDIA GPUs by the Triton kernels beside this module, with their gradient.
 
-Takes and gives what `v3d_jax.splat.composite.composite` does, which is the plain twin. `triton` and
-`jax_triton` are imported where a kernel is launched; `missing` says why they cannot be used.
+Takes and gives what `v3d_jax.splat.composite.composite` does, which is the plain twin. `missing`
+says why the kernels cannot be used.
 """
 
 import functools
-import importlib
 import importlib.util
-import inspect
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +16,8 @@ from jaxtyping import Array, Float, Int32
 
 from v3d_jax.splat.bin import Bins, Tiling
 from v3d_jax.splat.chunk import ALPHA_MAX, PIXELS, SHAPE
+from v3d_jax.splat.kernels import launches
+from v3d_jax.splat.kernels.launches import Launch, floats, ints
 
 LOG2E = math.log2(math.e)
 CHANNELS = 4  # the kernels' number of them: three of colour, depth
@@ -38,20 +37,6 @@ class Settings(NamedTuple):
     slots: int = 4  # of each at a time
     many: int = 16  # likewise where one has as many
     warps_gather: int = 4
-
-
-class Launch(NamedTuple):
-    """One kernel over one grid."""
-
-    module: str  # of `v3d_jax.splat.kernels`
-    kernel: str  # takes all of the following in this order
-    inputs: tuple[Array, ...]
-    numbers: tuple[int, ...]
-    outputs: tuple[jax.ShapeDtypeStruct, ...]
-    static: dict[str, Any]
-    grid: int
-    warps: int
-    zeroed: tuple[int, ...] = ()  # outputs that start as zeros
 
 
 class Drawn(NamedTuple):
@@ -86,7 +71,7 @@ def composite(
 def _composite(
     tiles: Tiling, settings: Settings, fields: tuple[Array, ...], bins: Bins
 ) -> tuple[Array, Array]:
-    drawn = Drawn(*run(forward(tiles, settings, table(fields, bins), bins, save=False)))
+    drawn = Drawn(*launches.run(forward(tiles, settings, table(fields, bins), bins, save=False)))
     return drawn.channels, drawn.left
 
 
@@ -94,7 +79,7 @@ def _forward(
     tiles: Tiling, settings: Settings, fields: tuple[Array, ...], bins: Bins
 ) -> tuple[Any, Any]:
     rows = table(fields, bins)
-    drawn = Drawn(*run(forward(tiles, settings, rows, bins, save=settings.saved)))
+    drawn = Drawn(*launches.run(forward(tiles, settings, rows, bins, save=settings.saved)))
     return (drawn.channels, drawn.left), (fields[2:5], rows, bins, drawn)
 
 
@@ -102,8 +87,8 @@ def _backward(
     tiles: Tiling, settings: Settings, saved: Any, cotangents: tuple[Array, Array]
 ) -> tuple[tuple[Array, ...], None]:
     conic, rows, bins, drawn = saved
-    sums, place = run(backward(tiles, settings, rows, bins, drawn, cotangents))
-    (owners,) = run(gather(settings, sums, place, bins))
+    sums, place = launches.run(backward(tiles, settings, rows, bins, drawn, cotangents))
+    (owners,) = launches.run(gather(settings, sums, place, bins))
     return to_fields(owners, conic), None
 
 
@@ -143,10 +128,10 @@ def forward(
         (rows, bins.rank, bins.offsets),
         _numbers(tiles),
         (
-            _floats(CHANNELS, tiles.tiles, PIXELS),
-            _floats(tiles.tiles, PIXELS),
-            _floats(starts if save else 1, PIXELS),
-            _ints(tiles.tiles if save else 1),
+            floats(CHANNELS, tiles.tiles, PIXELS),
+            floats(tiles.tiles, PIXELS),
+            floats(starts if save else 1, PIXELS),
+            ints(tiles.tiles if save else 1),
         ),
         {"K": settings.chunk, "SAVE": save},
         tiles.tiles,
@@ -170,7 +155,7 @@ def backward(
         "backward",
         (rows, *of_bins, drawn.starts, drawn.live, drawn.channels, drawn.left, *cotangents),
         _numbers(tiles),
-        (_floats(capacity, FOUND), _ints(capacity)),
+        (floats(capacity, FOUND), ints(capacity)),
         {"K": settings.chunk_back, "SAVED": settings.saved},
         tiles.tiles,
         settings.warps_back,
@@ -186,45 +171,11 @@ def gather(settings: Settings, sums: Array, place: Array, bins: Bins) -> Launch:
         "gather",
         (sums, place, bins.run_start, bins.run_end, bins.order),
         (count,),
-        (_floats(count, FOUND),),
+        (floats(count, FOUND),),
         {"B": settings.owners, "J": settings.slots, "MANY": settings.many},
         -(-count // settings.owners),
         settings.warps_gather,
     )
-
-
-def kernel(launch: Launch) -> Any:
-    """The Triton function of a launch; imports `triton`."""
-    module = importlib.import_module(f"v3d_jax.splat.kernels.{launch.module}")
-    return getattr(module, launch.kernel)
-
-
-def run(launch: Launch) -> tuple[Array, ...]:
-    """Launches one kernel through jax-triton, on an NVIDIA GPU."""
-    import jax_triton
-
-    # With jax-triton 0.4 an argument changed its name and Triton's own options came in.
-    known = inspect.signature(jax_triton.triton_call).parameters
-    types = "out_type" if "out_type" in known else "out_shape"
-    options = {types: launch.outputs}
-    if "backend_options" in known:
-        options["backend_options"] = {"enable_fp_fusion": True}
-    with warnings.catch_warnings():
-        # Since 0.4, in favour of references, which earlier versions do not take.
-        warnings.filterwarnings("ignore", "zeroed_outputs is deprecated", DeprecationWarning)
-        return tuple(
-            jax_triton.triton_call(
-                *launch.inputs,
-                *launch.numbers,
-                kernel=kernel(launch),
-                grid=(launch.grid,),
-                num_warps=launch.warps,
-                zeroed_outputs=launch.zeroed,
-                name=f"splat_{launch.kernel}",
-                **options,
-                **launch.static,
-            )
-        )
 
 
 @functools.cache
@@ -246,16 +197,8 @@ def missing() -> str | None:
 def _smallest() -> tuple[Array, ...]:
     one = jnp.zeros(1, jnp.int32)
     bins = Bins(one, one, one, one, one, jnp.zeros(2, jnp.int32), jnp.int32(0))
-    return run(gather(Settings(), jnp.zeros((1, FOUND)), one, bins))
+    return launches.run(gather(Settings(), jnp.zeros((1, FOUND)), one, bins))
 
 
 def _numbers(tiles: Tiling) -> tuple[int, ...]:
     return tiles.columns, tiles.rows, tiles.parts, tiles.tiles
-
-
-def _floats(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
