@@ -6,7 +6,7 @@ Everything has a static shape; one number, the capacity in slots (tile, Gaussian
 the caller, and a result says whether it was enough.
 
 All of it is plain XLA and runs on CPU, GPU and TPU (benchmarks/splat_raster.py). On NVIDIA GPUs
-compositing can be done by fused kernels instead (docs/kernels.md).
+slots and compositing can be done by fused kernels instead (docs/kernels.md).
 """
 
 import functools
@@ -27,7 +27,7 @@ from v3d_jax.splat import gaussians as splats
 from v3d_jax.splat.bin import TILE, Bins, Tiling, bin_splats, tiling
 from v3d_jax.splat.composite import Layout, composite
 from v3d_jax.splat.gaussians import Gaussians
-from v3d_jax.splat.kernels import nvidia
+from v3d_jax.splat.kernels import nvidia, nvidia_bin
 from v3d_jax.splat.project import NEAR, Projection, project
 
 DEPTH_FLOOR = 1e-10  # of the alpha that an expected depth is divided by
@@ -112,7 +112,7 @@ def compositing(config: RasterConfig) -> Compositing:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    message = f"splats are composited by XLA, not by the fused kernels: {reason}"
+    message = f"splats are rasterized by XLA, not by the fused kernels: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
@@ -146,7 +146,8 @@ def bin_gaussians(gaussians: Gaussians, projection: Projection, config: RasterCo
     """The second stage of `rasterize`, which has no gradient: slots of all tiles, by depth."""
     log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
     fixed = lax.stop_gradient((projection, log_opacity))
-    return bin_splats(*fixed, (config.width, config.height), config.slots)
+    put = nvidia_bin.bin_splats if compositing(config) == "triton" else bin_splats
+    return put(*fixed, (config.width, config.height), config.slots)
 
 
 def needed_slots(gaussians: Gaussians, views: Camera, config: RasterConfig) -> Int32[Array, ""]:

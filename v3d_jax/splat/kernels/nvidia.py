@@ -1,7 +1,7 @@
 """Compositing on NVIDIA GPUs by the Triton kernels beside this module, with their gradient.
 
 Takes and gives what `v3d_jax.splat.composite.composite` does, which is the plain twin. `missing`
-says why the kernels cannot be used.
+says why these kernels, and those of `v3d_jax.splat.kernels.nvidia_bin`, cannot be used.
 """
 
 import functools
@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int32
 
 from v3d_jax.splat.bin import Bins, Tiling
 from v3d_jax.splat.chunk import ALPHA_MAX, PIXELS, SHAPE
-from v3d_jax.splat.kernels import launches
+from v3d_jax.splat.kernels import launches, nvidia_bin
 from v3d_jax.splat.kernels.launches import Launch, floats, ints
+from v3d_jax.splat.project import Projection
 
 LOG2E = math.log2(math.e)
 CHANNELS = 4  # the kernels' number of them: three of colour, depth
@@ -180,7 +181,7 @@ def gather(settings: Settings, sums: Array, place: Array, bins: Bins) -> Launch:
 
 @functools.cache
 def missing() -> str | None:
-    """Why the kernels cannot be used by this process, or None; compiles the smallest of them."""
+    """Why the kernels cannot be used by this process, or None; compiles small programs of them."""
     for name in ("triton", "jax_triton"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed (extra `cuda`)"
@@ -194,10 +195,13 @@ def missing() -> str | None:
     return None
 
 
-def _smallest() -> tuple[Array, ...]:
+def _smallest() -> tuple[tuple[Array, ...], Bins]:
     one = jnp.zeros(1, jnp.int32)
     bins = Bins(one, one, one, one, one, jnp.zeros(2, jnp.int32), jnp.int32(0))
-    return launches.run(gather(Settings(), jnp.zeros((1, FOUND)), one, bins))
+    owners = launches.run(gather(Settings(), jnp.zeros((1, FOUND)), one, bins))
+    nothing = jnp.zeros((1, 1))
+    projection = Projection(*[nothing] * 8, visible=nothing > 0)
+    return owners, nvidia_bin.bin_splats(projection, jnp.zeros(1), (8, 8), 1)
 
 
 def _numbers(tiles: Tiling) -> tuple[int, ...]:
