@@ -6,7 +6,7 @@ Everything has a static shape; one number, the capacity in slots (tile, Gaussian
 the caller, and a result says whether it was enough.
 
 All of it is plain XLA and runs on CPU, GPU and TPU (benchmarks/splat_raster.py). On NVIDIA GPUs
-slots and compositing can be done by fused kernels instead (docs/kernels.md).
+slots and compositing can be done by fused kernels instead, on TPUs compositing (docs/kernels.md).
 """
 
 import functools
@@ -31,8 +31,9 @@ from v3d_jax.splat.kernels import nvidia, nvidia_bin
 from v3d_jax.splat.project import NEAR, Projection, project
 
 DEPTH_FLOOR = 1e-10  # of the alpha that an expected depth is divided by
-# "triton": NVIDIA only. "auto": where it can be used.
-Compositing = Literal["xla", "triton", "auto"]
+# "triton": NVIDIA only. "pallas": TPUs, interpreted on a CPU. "auto": "triton" where that works and
+# not "pallas", as long as no TPU has run it.
+Compositing = Literal["xla", "triton", "pallas", "auto"]
 
 _BLOCKS = 6  # about, in a full capacity
 _SMALLEST, _LARGEST = 1 << 10, 1 << 16  # chunks
@@ -80,8 +81,13 @@ def rasterize(
     fields = composited_fields(gaussians, camera, projection)
     bins = bin_gaussians(gaussians, projection, config)
     tiles = tiling(len(camera.intrinsics), config.width, config.height)
-    if compositing(config) == "triton":
+    chosen = compositing(config)
+    if chosen == "triton":
         channels, left = nvidia.composite(tiles, fields, bins)
+    elif chosen == "pallas":
+        from v3d_jax.splat.kernels import tpu  # imports Pallas: half a second
+
+        channels, left = tpu.composite(tiles, fields, bins)
     else:
         layout = Layout(tiles, _block(config, tiles), config.unroll)
         channels, left = composite(layout, fields, bins)
@@ -95,7 +101,7 @@ def rasterize(
 
 
 def compositing(config: RasterConfig) -> Compositing:
-    """ "xla" or "triton"; what "auto" is by the platform (`v3d_jax.ops.target`) at trace time.
+    """What the configuration names; "auto" is by the platform (`v3d_jax.ops.target`) at trace time.
 
     On a GPU where the kernels cannot be used, a warning says why, once in a process.
     """

@@ -103,7 +103,7 @@ def to_fields(
     g, gx, gy, gxx, gxy, gyy = (owners[:, i] for i in range(SHAPE))
     half_xx, xy, half_yy = conic
     shape = (2 * half_xx * gx + xy * gy, xy * gx + 2 * half_yy * gy, -gxx, -gxy, -gyy, g)
-    return (*shape, *(owners[:, SHAPE + i] for i in range(CHANNELS)))
+    return (*shape, *(owners[:, i] for i in range(SHAPE, owners.shape[1])))
 
 
 def table(fields: tuple[Array, ...], bins: Bins) -> Float[Array, "n f"]:
