@@ -91,7 +91,13 @@ def rasterize(
     else:
         layout = Layout(tiles, _block(config, tiles), config.unroll)
         channels, left = composite(layout, fields, bins)
-    image = _to_image(jnp.concatenate([channels, left[None]]), tiles)
+    planes = jnp.concatenate([channels, left[None]])
+    if chosen == "pallas":
+        # A TPU pads rows of 8 pixels to 128: one plane at a time.
+        image = lax.map(lambda plane: _to_image(plane[None], tiles)[..., 0], planes)
+        image = jnp.moveaxis(image, 0, -1)
+    else:
+        image = _to_image(planes, tiles)
     image = image[: len(camera.intrinsics), : config.height, : config.width]
     color, depth, left = image[..., :3], image[..., 3], image[..., 4]
     alpha = 1.0 - left

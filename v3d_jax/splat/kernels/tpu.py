@@ -41,7 +41,6 @@ class Pieces(NamedTuple):
     tile: Int32[Array, "s"]
     word: Int32[Array, "s"]  # see `mosaic`
     total: Int32[Array, ""]
-    segment: int  # pieces of a launch
 
 
 def composite(
@@ -129,7 +128,7 @@ def cut(bins: Bins) -> Pieces:
     word = low | high << mosaic.HIGH | (runs.rank == 0).astype(jnp.int32) << mosaic.BEGINS
     word |= (runs.rank == count[tile] - 1).astype(jnp.int32) << mosaic.ENDS
     word |= fresh.astype(jnp.int32) << mosaic.FRESH
-    return Pieces(block, tile, jnp.where(runs.valid, word, 0), runs.total, segment)
+    return Pieces(block, tile, jnp.where(runs.valid, word, 0), runs.total)
 
 
 def _of_block(step: Array, block: Any, tile: Any, word: Any) -> tuple[Any, ...]:
@@ -158,17 +157,18 @@ def _run(
 ) -> Array:
     """Runs a kernel over all pieces, segment by segment; returns what it wrote into `into`."""
     out, out_index = into
+    segment = min(SEGMENT, pieces.block.shape[0])
     whole = [_spec(array, None) for array in state]
     number = len(inputs) + len(state)
 
     def one_segment(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         at, out, *state = carry
-        scalars = [lax.dynamic_slice_in_dim(part, at, pieces.segment) for part in pieces[:3]]
+        scalars = [lax.dynamic_slice_in_dim(part, at, segment) for part in pieces[:3]]
         launch = pl.pallas_call(
             functools.partial(kernel, tiles),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
-                grid=(jnp.minimum(pieces.total - at, pieces.segment),),
+                grid=(jnp.minimum(pieces.total - at, segment),),
                 in_specs=[
                     *(_spec(*pair) for pair in inputs),
                     *whole,
@@ -183,7 +183,7 @@ def _run(
             name=f"splat_{kernel.__name__}",
         )
         result = launch(*scalars, *(array for array, _ in inputs), *state, out)
-        return at + pieces.segment, *result
+        return at + segment, *result
 
     carry = jnp.int32(0), out, *state
     return lax.while_loop(lambda carry: carry[0] < pieces.total, one_segment, carry)[1]
