@@ -68,8 +68,11 @@ def test_equal_the_plain_path(kind):
 def test_one_view_of_one_gaussian_that_covers_all_of_it():
     one = scene("mixed", 1)
     wide = one._replace(means=0 * one.means, log_scales=0 * one.log_scales + 1.0)
-    images = check(wide, scenes.views(1, WIDTH, HEIGHT))
+    camera = scenes.views(1, WIDTH, HEIGHT)
+    images = check(wide, camera)
     assert float(images[1].min()) > 0.1
+    # alpha at its cap has no gradient
+    check(wide._replace(opacity_logits=0 * one.opacity_logits + 8.0), camera)
 
 
 def test_views_of_different_intrinsics():
