@@ -8,6 +8,7 @@ from flax import nnx
 
 from v3d_jax.nn import generator, pixelnerf, resunet
 from v3d_jax.ops import camera
+from v3d_jax.weights import folder
 
 CONFIG = generator.scene(
     tiny_generator.CONFIG,
@@ -42,3 +43,11 @@ def views(count: int = 2, valid: int = 2, clips: int = 1) -> pixelnerf.Views:
     images = jnp.asarray(rng.uniform(-1.0, 1.0, shape), jnp.float32)
     given = jnp.broadcast_to(jnp.arange(count) < valid, (clips, count))
     return pixelnerf.Views(images, cameras(count, clips), given)
+
+
+def save_models(path, sampling):
+    """This model and the smallest one of objects, in folders `scene` and `object`; the path."""
+    folder.save(path / "scene", CONFIG, sampling, params())
+    objects = nnx.to_pure_dict(tiny_generator.params())
+    folder.save(path / "object", tiny_generator.CONFIG, sampling, objects)
+    return path

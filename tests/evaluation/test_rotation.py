@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic_scenes
-import tiny_generator
 import tiny_scene
-from flax import nnx
 
 from v3d_jax import errors, evaluate, pipeline
 from v3d_jax.data import paths, poses, shots, warps
@@ -20,7 +18,6 @@ from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.evaluation import corners, rotation, scenes
 from v3d_jax.mesh import shade
 from v3d_jax.ops import camera
-from v3d_jax.weights import folder
 
 SIDE, FRAMES = corner_views.SIDE, tiny_scene.CONFIG.num_frames
 LENS = np.asarray(camera.pinhole(60.0, SIDE, SIDE), np.float64)
@@ -263,11 +260,7 @@ def test_cameras_at_one_place_are_refused():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models")
-    folder.save(path / "scene", tiny_scene.CONFIG, SAMPLING, tiny_scene.params())
-    params = nnx.to_pure_dict(tiny_generator.params())
-    folder.save(path / "object", tiny_generator.CONFIG, SAMPLING, params)
-    return path
+    return tiny_scene.save_models(tmp_path_factory.mktemp("models"), SAMPLING)
 
 
 def test_a_model_on_rendered_scenes_by_the_command(models, tmp_path, monkeypatch, capsys):

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic_scenes
-import tiny_generator
 import tiny_scene
 from co3d_walks import write_annotations, write_list, write_walk
-from flax import nnx
 
 from v3d_jax import errors, evaluate, pipeline
 from v3d_jax.data import clips, co3d_protocol, orbits, shots, warps
@@ -21,7 +19,6 @@ from v3d_jax.evaluation import measure, scenes
 from v3d_jax.nn import pixelnerf
 from v3d_jax.ops import image, metrics
 from v3d_jax.ops.camera import Camera
-from v3d_jax.weights import folder
 from v3d_jax.weights import lpips as lpips_weights
 
 SIZE, FRAMES = tiny_scene.CONFIG.image_size, tiny_scene.CONFIG.num_frames
@@ -42,11 +39,7 @@ def fast_compile_without_lpips(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models")
-    folder.save(path / "scene", tiny_scene.CONFIG, SAMPLING, tiny_scene.params())
-    params = nnx.to_pure_dict(tiny_generator.params())
-    folder.save(path / "object", tiny_generator.CONFIG, SAMPLING, params)
-    return path
+    return tiny_scene.save_models(tmp_path_factory.mktemp("models"), SAMPLING)
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,12 @@ def test_equals_float64_dense(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_fused_kernels_equal_float64_dense(kind, kernels):
+    check(kind, run(kind, replace(scenes.CONFIG, compositing=kernels)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixed", "opaque"])
 def test_unrolled_chains_equal_float64_dense(kind):
     check(kind, run(kind, replace(scenes.CONFIG, unroll=True)))

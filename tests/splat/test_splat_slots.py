@@ -2,7 +2,7 @@
 
 Both take the same arithmetic in the same order, so results are compared to the bit: op by op, since
 a compiled program may contract products and sums; a GPU's does, in the kernels too. See
-`test_splat_kernels` for what this needs.
+`test_splat_fused` for what this needs.
 """
 
 import os
@@ -12,7 +12,6 @@ from dataclasses import replace
 from importlib import util
 
 import gaussian_scenes as scenes
-import interpreted
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ from test_splat_bins import HEIGHT, WIDTH, random_ellipses
 
 from v3d_jax.splat import bin as bins
 from v3d_jax.splat import rasterize
-from v3d_jax.splat.kernels import launches, nvidia, nvidia_bin
+from v3d_jax.splat.kernels import nvidia_bin
 from v3d_jax.splat.project import BLUR, Projection
 
 COUNT, CAPACITY = 396, 1 << 13  # few distinct ones: op by op, every shape is compiled anew
@@ -29,15 +28,10 @@ SMALL = nvidia_bin.Settings(counts=128, slots=512, warps=1, tiles=32)
 
 
 @pytest.fixture(autouse=True)
-def kernels(request, monkeypatch):
-    """Kernels run by the GPU where there is one, and interpreted elsewhere."""
-    if "compile" in request.node.name:
-        return
-    if jax.default_backend() == "gpu":
-        assert nvidia.missing() is None
-        return
-    pytest.importorskip("triton", reason="the kernels' interpreter is triton's")
-    monkeypatch.setattr(launches, "run", interpreted.launch)
+def run_or_interpret(request):
+    """Tests that compile alone need neither."""
+    if "compile" not in request.node.name:
+        request.getfixturevalue("triton_kernels")
 
 
 def both(projection, log_opacity, size, capacity, settings=SMALL):

@@ -225,7 +225,7 @@ def test_the_command_plans_for_machines_that_are_not_here(topology_name):
     [("v5e-256", 256, 7.7), ("v6e-64", 64, 9.0), ("v5p-128", 64, 9.5), ("h200-64", 64, 9.5)],
 )
 def test_the_published_size_fits(topology_name, clips, gigabytes):
-    """Seven minutes on two cores and eight gigabytes of memory."""
+    """Six to eight minutes on two cores and up to 12 gigabytes of memory."""
     if util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install '.[tpu-aot]'")
     arguments = ["--data.loader.batch-size", str(clips), "--plan", topology_name]

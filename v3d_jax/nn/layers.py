@@ -193,7 +193,8 @@ class FeedForward(nnx.Module):
 def _gated(x: Float[Array, "*n both"]) -> Float[Array, "*n c"]:
     """The first half of the channels times GELU of the second, computed in float32.
 
-    By erf, because erfc, exact far below zero, is as slow as reading them.
+    While a gradient makes it again, its float32 is not kept either. By erf, because erfc, exact far
+    below zero, is as slow as reading them.
     """
     value, gate = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     cumulative = 0.5 + 0.5 * jax.lax.erf(gate * math.sqrt(0.5))
