@@ -1,18 +1,19 @@
 """How far the rasterizer is from gsplat's CUDA kernels, on one GPU.
 
-Three scenes of 100,000 Gaussians on V3D's orbit at 512 x 512 pixels:
+Three scenes of Gaussians on V3D's orbit at 512 x 512 pixels:
 
 - blob: V3D's start, a normal cloud (deviation 1/8) of faint round Gaussians that touch each other;
 - fitted: flat, mostly opaque Gaussians on the surface of an object;
 - shell: small round half-transparent ones in a fuzzy shell.
 
-For 1, 4 and 18 views in one call it prints one table row each: median milliseconds of the forward
-pass, of forward and backward, and of binning alone, after warm-up; slots; megabytes of temporaries
-of the gradient; and, where gsplat and a CUDA device are there, gsplat's two times on the same
-inputs in the same process (the faster of packed and not) with the ratios ours / gsplat. Then the
-stages of binning at the most views (`--parts`), and with `--kernels FOLDER` where every kernel's
-time goes. `--blocks` takes several sizes of `RasterConfig.block`, `--compositing` several of its
-implementations. All programs are compiled side by side first. Run
+For 10,000, 100,000 and 500,000 splats and 1, 4 and 18 views in one call it prints one table row
+each: median milliseconds of the forward pass, of forward and backward, of both as a step of a
+compiled loop, and of binning alone, after warm-up; slots; megabytes that the gradient takes; and,
+where gsplat and a CUDA device are there, gsplat's two times on the same inputs in the same process
+(the faster of packed and not), its peak of memory beyond the inputs, and the ratios ours / gsplat
+of forward, both, both in a loop, and memory. With `--kernels FOLDER` also where every kernel's time
+goes. `--blocks` takes several sizes of `RasterConfig.block`, `--compositing` several of its
+implementations. All programs of a number of splats are compiled side by side first. Run
 `python benchmarks/splat_raster.py`; on a CPU, `--splats 2000 --size 128 --repeats 3 --views 1 4`.
 """
 
@@ -34,12 +35,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v3d_jax.ops import binning
 from v3d_jax.ops import camera as cameras
 from v3d_jax.splat import bin as bins
 from v3d_jax.splat import gaussians as splats
 from v3d_jax.splat import rasterize
 from v3d_jax.splat.gaussians import Gaussians
+
+STEPS = 10  # of the compiled loop
+NAMES = ("forward", "both", "loop", "binning")
 
 
 def scene(kind: str, count: int) -> Gaussians:
@@ -120,45 +123,21 @@ def passes(config: rasterize.RasterConfig) -> dict[str, Callable[..., Any]]:
     def loss(gaussians: Gaussians, camera: cameras.Camera) -> jax.Array:
         return jnp.sum(forward(gaussians, camera) * weights[None])
 
+    both = jax.grad(loss)
+
+    def loop(gaussians: Gaussians, camera: cameras.Camera) -> Gaussians:
+        # The rate is so small that the scene stays, and its slots fit.
+        def step(_: int, gaussians: Gaussians) -> Gaussians:
+            return jax.tree.map(lambda x, d: x - 1e-20 * d, gaussians, both(gaussians, camera))
+
+        return jax.lax.fori_loop(0, STEPS, step, gaussians)
+
     return {
         "forward": forward,
-        "both": jax.grad(loss),
+        "both": both,
+        "loop": loop,
         "binning": functools.partial(binned, config),
     }
-
-
-def stages(config: rasterize.RasterConfig) -> dict[str, Callable[..., Any]]:
-    """Binning up to and including each of its stages (`bin.bin_splats`)."""
-    size, capacity = (config.width, config.height), config.slots
-
-    def upto(stage: int, gaussians: Gaussians, camera: cameras.Camera) -> Any:
-        projection = rasterize.project_gaussians(gaussians, camera, config)
-        if stage == 0:
-            return projection
-        log_opacity = jax.nn.log_sigmoid(gaussians.opacity_logits)
-        views, count = projection.depth.shape
-        tiles = bins.tiling(views, *size)
-        order, distance = bins.by_depth(projection, log_opacity, tiles)
-        if stage == 1:
-            return order, distance, projection[:7]
-        boxes = bins.boxes_in_order(projection, order, distance, size)
-        if stage == 2:
-            return boxes
-        runs = binning.expand(boxes.count, capacity)
-        if stage == 3:
-            return boxes, runs
-        key = bins.tile_keys(boxes, runs, order // count, tiles, size)
-        if stage == 4:
-            return key, runs.owner
-        tile, slot = bins.by_tile(key, boxes, order // count, tiles)
-        if stage == 5:
-            return tile, slot, runs.owner
-        return binning.sorted_offsets(tile, tiles.tiles), slot, runs.owner
-
-    names = ["project", "sort by depth", "gather, boxes", "expand", "tile test", "sort by tile"]
-    names.append("offsets")
-    found = {name: functools.partial(upto, stage) for stage, name in enumerate(names)}
-    return found | {"owners of slots: all": functools.partial(binned, config)}
 
 
 def compile_all(jobs: dict[Any, tuple[Callable[..., Any], Case]], workers: int) -> dict[Any, Any]:
@@ -193,7 +172,7 @@ def build_gsplat() -> bool:
 def time_gsplat(
     gaussians: Gaussians, camera: cameras.Camera, size: int, repeats: int
 ) -> dict[str, float]:
-    """gsplat's forward, and forward and backward."""
+    """Milliseconds of gsplat's forward, and forward and backward; bytes of its peak of both."""
     import torch
     from gsplat import rasterization
 
@@ -224,13 +203,18 @@ def time_gsplat(
             leaf.grad = None
         (forward(packed) * weights).sum().backward()
 
-    def best(call: Callable[[bool], Any]) -> float:
-        return min(
-            median_ms(functools.partial(call, packed), lambda _: torch.cuda.synchronize(), repeats)
-            for packed in (False, True)
-        )
+    def best(call: Callable[[bool], Any]) -> tuple[float, float]:
+        found = []
+        for packed in (False, True):
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            one = functools.partial(call, packed)
+            taken = median_ms(one, lambda _: torch.cuda.synchronize(), repeats)
+            found.append((taken, torch.cuda.max_memory_allocated() - held))
+        return min(found)
 
-    return {"forward": best(no_gradient), "both": best(both)}
+    taken, peak = best(both)
+    return {"forward": best(no_gradient)[0], "both": taken, "bytes": peak}
 
 
 def print_rows(
@@ -239,47 +223,35 @@ def print_rows(
     programs: dict[Any, Any],
     options: argparse.Namespace,
     gsplat: bool,
+    until: float,
 ) -> None:
-    device = jax.devices()[0].device_kind
-    columns = ["scene", "views", "compositing", "block", "device", "forward", "+ backward"]
-    columns.extend(("binning", "slots", "MB", "gsplat", "ratio"))
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    begun = time.perf_counter()
     for case in cases:
         where = (case.kind, case.views)
-        if time.perf_counter() - begun > options.budget:
-            print(f"| {case.kind} | {case.views} | left out: over {options.budget:.0f} s |")
+        begins = f"| {case.kind} | {len(case.gaussians.means):,} | {case.views} |"
+        if time.perf_counter() > until:
+            print(f"{begins} left out: over {options.budget:.0f} s |")
             continue
         peer = None
         if gsplat:
             peer = time_gsplat(case.gaussians, case.camera, options.size, options.repeats)
         for build in itertools.product(options.compositing, options.blocks):
-            ours = {
-                name: time_program(programs[*where, *build, name], case, options.repeats)
-                for name in ("forward", "both", "binning")
-            }
-            memory = programs[*where, *build, "both"].memory_analysis().temp_size_in_bytes / 1e6
-            beside = "not run | - |"
+            own = {name: programs[*where, *build, name] for name in NAMES}
+            ours = {name: time_program(own[name], case, options.repeats) for name in NAMES}
+            ours["loop"] /= STEPS
+            used = own["both"].memory_analysis()
+            memory = used.temp_size_in_bytes + used.output_size_in_bytes
+            beside = "not run | | - |"
             if peer:
-                ratios = [ours[name] / peer[name] for name in ("forward", "both")]
-                beside = f"{peer['forward']:.2f} / {peer['both']:.2f} ms"
-                beside += f" | {ratios[0]:.2f} / {ratios[1]:.2f} |"
+                ratios = [ours[n] / peer[n] for n in ("forward", "both")]
+                ratios += [ours["loop"] / peer["both"], memory / peer["bytes"]]
+                beside = f"{peer['forward']:.2f} / {peer['both']:.2f} | {peer['bytes'] / 1e6:,.0f}"
+                beside += f" | {' / '.join(f'{ratio:.2f}' for ratio in ratios)} |"
             print(
-                f"| {case.kind} | {case.views} | {build[0]} | {build[1] or 'auto'} | {device}"
-                f" | {ours['forward']:.2f} ms | {ours['both']:.2f} ms | {ours['binning']:.2f} ms"
-                f" | {configs[where].slots:,.0f} | {memory:,.0f} | {beside}",
+                f"{begins} {build[0]}{f', block {build[1]}' if build[1] else ''}"
+                f" | {' | '.join(f'{ours[name]:.2f}' for name in NAMES)}"
+                f" | {configs[where].slots:,} | {memory / 1e6:,.0f} | {beside}",
                 flush=True,
             )
-
-
-def print_parts(case: Case, programs: dict[Any, Any], repeats: int) -> None:
-    print(f"\n| binning, {case.kind}, {case.views} views | ms up to here | ms of this stage |")
-    print("|---|---|---|")
-    before = 0.0
-    for name, program in programs.items():
-        taken = time_program(program, case, repeats)
-        print(f"| {name} | {taken:.3f} | {taken - before:.3f} |", flush=True)
-        before = taken
 
 
 def print_kernels(case: Case, names: dict[str, Any], folder: Path) -> None:
@@ -297,26 +269,50 @@ def print_kernels(case: Case, names: dict[str, Any], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--splats", type=int, default=100_000)
+    parser.add_argument("--splats", type=int, nargs="+", default=[10_000, 100_000, 500_000])
     parser.add_argument("--size", type=int, default=512, help="pixels, width and height")
     parser.add_argument("--views", type=int, nargs="+", default=[1, 4, 18])
     parser.add_argument("--scenes", nargs="+", default=["blob", "fitted", "shell"])
     parser.add_argument("--blocks", type=int, nargs="+", default=[None])
     parser.add_argument("--compositing", nargs="+", default=["xla"], help="xla, triton, auto")
-    parser.add_argument("--parts", nargs="*", default=["shell"], help="scenes whose stages to time")
     parser.add_argument("--kernels", type=Path, help="folder; times every kernel of the last case")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--budget", type=float, default=90, help="seconds of timing, then no rows")
+    parser.add_argument("--budget", type=float, default=600, help="seconds, then no rows")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that compile")
     options = parser.parse_args()
-    cases = [
-        Case(kind, gaussians, cameras.orbit(views, width=options.size, height=options.size))
-        for kind, gaussians in ((kind, scene(kind, options.splats)) for kind in options.scenes)
-        for views in options.views
-    ]
+    device, size = jax.devices()[0], options.size
+    print(f"{device.device_kind}, jax {jax.__version__}; milliseconds, MB", flush=True)
+    columns = ["scene", "splats", "views", "compositing", *NAMES, "slots", "MB"]
+    columns.extend(("gsplat", "gsplat's MB", "ratios"))
+    until = time.perf_counter() + options.budget
+    with futures.ThreadPoolExecutor(1) as beside:
+        building = beside.submit(build_gsplat)
+        for number, count in enumerate(options.splats):
+            cases = [
+                Case(kind, scene(kind, count), cameras.orbit(views, width=size, height=size))
+                for kind in options.scenes
+                for views in options.views
+            ]
+            configs, programs = prepare(cases, options)
+            gsplat = building.result()
+            if number == 0:
+                print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+            print_rows(cases, configs, programs, options, gsplat, until)
+            if options.kernels is not None:
+                where = (cases[-1].kind, cases[-1].views)
+                build = (options.compositing[-1], options.blocks[0])
+                own = {name: programs[*where, *build, name] for name in NAMES}
+                print_kernels(cases[-1], own, options.kernels / str(count))
+
+
+def prepare(
+    cases: list[Case], options: argparse.Namespace
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """How each case is rasterized, and the programs of all of them."""
     bare = rasterize.RasterConfig(width=options.size, height=options.size, slots=1)
     count = jax.jit(lambda *arrays: binned(bare, *arrays).total)
     configs, jobs = {}, {}
+    begun = time.perf_counter()
     for case in cases:
         where = (case.kind, case.views)
         needed = count(case.gaussians, case.camera)
@@ -326,25 +322,9 @@ def main() -> None:
             config = dataclasses.replace(configs[where], compositing=compositing, block=block)
             for name, function in passes(config).items():
                 jobs[*where, *build, name] = (function, case)
-        if case.kind in options.parts and case.views == max(options.views):
-            for name, function in stages(configs[where]).items():
-                jobs[*where, "parts", None, name] = (function, case)
-    begun = time.perf_counter()
-    with futures.ThreadPoolExecutor(1) as beside:
-        building = beside.submit(build_gsplat)
-        programs = compile_all(jobs, options.workers)
-        print(f"{len(jobs)} programs compiled in {time.perf_counter() - begun:.0f} s", flush=True)
-        gsplat = building.result()
-    print_rows(cases, configs, programs, options, gsplat)
-    for case in cases:
-        where = (case.kind, case.views, "parts")
-        parts = {key[4]: program for key, program in programs.items() if key[:3] == where}
-        if parts:
-            print_parts(case, parts, options.repeats)
-    if options.kernels is not None:
-        where = (cases[-1].kind, cases[-1].views, options.compositing[-1], options.blocks[0])
-        names = {key[4]: program for key, program in programs.items() if key[:4] == where}
-        print_kernels(cases[-1], names, options.kernels)
+    programs = compile_all(jobs, options.workers)
+    print(f"\n{len(jobs)} programs in {time.perf_counter() - begun:.0f} s\n", flush=True)
+    return configs, programs
 
 
 if __name__ == "__main__":
