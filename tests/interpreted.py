@@ -12,8 +12,9 @@ import numpy as np
 
 from v3d_jax.splat.kernels import launches
 
-# Read when a kernel's module is imported, which happens at the first launch.
-os.environ["TRITON_INTERPRET"] = "1"
+if jax.default_backend() != "gpu":
+    # Read when a kernel's module is imported, which happens at the first launch.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class _Buffer:

@@ -38,7 +38,7 @@ def fused(config, **settings):
         {"saved": True},
         {"chunk": 8, "chunk_back": 32, "warps_back": 2},
         {"chunk": 32, "chunk_back": 32, "saved": True},
-        {"owners": 8, "slots": 2, "many": 4},
+        {"owners": 8, "slots": 2, "many": 16, "rows": 8},
     ],
     ids=str,
 )
@@ -102,12 +102,13 @@ from triton.compiler import ASTSource
 from v3d_jax.splat.kernels import owners, tiles
 
 WHOLE = {"rank", "slot", "offsets", "live", "place", "run_start", "run_end", "order"}
-NUMBERS = {"columns", "rows", "parts", "tiles", "count"}
+NUMBERS = {"columns", "rows", "parts", "tiles", "count", "number"}
 for kernel, static in (
+    (tiles.ordered, {"B": 64}),
     (tiles.forward, {"K": 16, "SAVE": True}),
     (tiles.backward, {"K": 16, "SAVED": False}),
     (tiles.backward, {"K": 16, "SAVED": True}),
-    (owners.gather, {"B": 16, "J": 4, "MANY": 16}),
+    (owners.gather, {"B": 16, "J": 4, "MANY": 4}),
 ):
     types = {
         name: "constexpr" if name in static

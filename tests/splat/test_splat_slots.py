@@ -229,16 +229,16 @@ NUMBERS |= {"columns", "width", "height", "keys"}
 CASES = [
     (slots.sums, {"B": 2048}, "u16", 8, 32),
     (slots.prefix, {"B": 2048}, "u16", 8, 80),
-    (slots.edges, {"S": 512, "G": 64}, "u16", 2, 32),
-    (slots.emit, {"S": 512}, "u16", 4, 96),
-    (slots.emit, {"S": 512}, "u32", 4, 96),
+    (slots.edges, {"S": 256, "G": 64}, "u16", 2, 32),
+    (slots.emit, {"S": 256}, "u16", 4, 96),
+    (slots.emit, {"S": 256}, "u32", 4, 96),
     (slots.offsets, {"G": 64, "PARTS": 1}, "u16", 2, 32),
     (slots.offsets, {"G": 64, "PARTS": 2}, "u32", 2, 32),
     # jax-triton makes numbers that are 1 constants.
     (slots.prefix, {"B": 2048, "number": 1, "limit": 1}, "u16", 8, 96),
-    (slots.edges, {"S": 512, "G": 64, "final": 1, "blocks": 1}, "u16", 2, 32),
-    (slots.emit, {"S": 512, "final": 1, "keys": 1}, "u16", 4, 96),
-    (slots.emit, {"S": 512, "columns": 1, "capacity": 1}, "u16", 4, 96),
+    (slots.edges, {"S": 256, "G": 64, "final": 1, "blocks": 1}, "u16", 2, 32),
+    (slots.emit, {"S": 256, "final": 1, "keys": 1}, "u16", 4, 96),
+    (slots.emit, {"S": 256, "columns": 1, "capacity": 1}, "u16", 4, 96),
     (slots.offsets, {"G": 64, "PARTS": 1, "capacity": 1, "tiles": 1}, "u16", 2, 32),
 ]
 for kernel, static, key, warps, most in CASES:

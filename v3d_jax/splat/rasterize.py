@@ -49,7 +49,7 @@ class RasterConfig:
     near: float = NEAR  # world units
     block: int | None = None  # chunks of 16 splats computed at a time; None: by the capacity
     unroll: bool | None = None  # chains of 16 splats in one kernel; None: on NVIDIA
-    compositing: Compositing = "xla"
+    compositing: Compositing = "auto"
 
 
 class Render(NamedTuple):

@@ -25,6 +25,7 @@ class Launch(NamedTuple):
     grid: int
     warps: int
     zeroed: tuple[int, ...] = ()  # outputs that start as zeros
+    registers: int | None = None  # most that a thread may have; jax-triton 0.3 cannot say it
 
 
 def kernel(launch: Launch) -> Any:
@@ -43,6 +44,8 @@ def run(launch: Launch) -> tuple[Array, ...]:
     options = {types: launch.outputs}
     if "backend_options" in known:
         options["backend_options"] = {"enable_fp_fusion": True}
+        if launch.registers is not None:
+            options["backend_options"]["maxnreg"] = launch.registers
     with warnings.catch_warnings():
         # Since 0.4, in favour of references, which earlier versions do not take.
         warnings.filterwarnings("ignore", "zeroed_outputs is deprecated", DeprecationWarning)

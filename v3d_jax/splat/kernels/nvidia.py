@@ -33,11 +33,13 @@ class Settings(NamedTuple):
     warps: int = 1  # of a tile
     chunk_back: int = 16  # splats at a time, backward; if `saved`, the same as forward
     warps_back: int = 1
+    registers_back: int | None = 168  # most of a thread: half as many tiles again are under way
     saved: bool = False  # see `tiles.backward`
     owners: int = 16  # (view, Gaussian) of a program that adds up slots
     slots: int = 4  # of each at a time
-    many: int = 16  # likewise where one has as many
+    many: int = 4  # likewise where one has as many
     warps_gather: int = 4
+    rows: int = 64  # of a program that puts them in the order of depth
 
 
 class Drawn(NamedTuple):
@@ -72,14 +74,15 @@ def composite(
 def _composite(
     tiles: Tiling, settings: Settings, fields: tuple[Array, ...], bins: Bins
 ) -> tuple[Array, Array]:
-    drawn = Drawn(*launches.run(forward(tiles, settings, table(fields, bins), bins, save=False)))
+    rows = table(settings, fields, bins)
+    drawn = Drawn(*launches.run(forward(tiles, settings, rows, bins, save=False)))
     return drawn.channels, drawn.left
 
 
 def _forward(
     tiles: Tiling, settings: Settings, fields: tuple[Array, ...], bins: Bins
 ) -> tuple[Any, Any]:
-    rows = table(fields, bins)
+    rows = table(settings, fields, bins)
     drawn = Drawn(*launches.run(forward(tiles, settings, rows, bins, save=settings.saved)))
     return (drawn.channels, drawn.left), (fields[2:5], rows, bins, drawn)
 
@@ -106,16 +109,32 @@ def to_fields(
     return (*shape, *(owners[:, i] for i in range(SHAPE, owners.shape[1])))
 
 
-def table(fields: tuple[Array, ...], bins: Bins) -> Float[Array, "n f"]:
+def table(settings: Settings, fields: tuple[Array, ...], bins: Bins) -> Float[Array, "n f"]:
     """Rows of `tiles.FIELDS` floats in the order of depth."""
     x, y, *form, log_opacity = fields[:SHAPE]
     form = [part * LOG2E for part in form]
     opacity = log_opacity * LOG2E
     most = jnp.minimum(opacity, math.log2(ALPHA_MAX))
     columns = (x, y, *form, opacity, most, *fields[SHAPE:], jnp.zeros_like(x))
-    # The barriers are those of `v3d_jax.splat.composite`.
+    # The barrier is that of `v3d_jax.splat.composite`.
     rows = jnp.stack(lax.optimization_barrier(columns), axis=1)
-    return lax.optimization_barrier(rows[bins.order])
+    (found,) = launches.run(ordered(settings, rows, bins.order))
+    return found
+
+
+def ordered(settings: Settings, rows: Float[Array, "n f"], order: Int32[Array, "n"]) -> Launch:
+    """What puts rows in an order: XLA's gather fetches float by float, this one row by row."""
+    number = order.shape[0]
+    return Launch(
+        "tiles",
+        "ordered",
+        (rows, order),
+        (number,),
+        (floats(*rows.shape),),
+        {"B": settings.rows},
+        -(-number // settings.rows),
+        1,
+    )
 
 
 def forward(
@@ -161,6 +180,7 @@ def backward(
         tiles.tiles,
         settings.warps_back,
         zeroed=(1,),
+        registers=settings.registers_back,
     )
 
 

@@ -25,7 +25,7 @@ class Settings(NamedTuple):
 
     counts: int = 2048  # of a program that adds them up
     warps_counts: int = 8
-    slots: int = 512  # of a program that emits them
+    slots: int = 256  # of a program that emits them
     warps: int = 4
     tiles: int = 64  # of a program that searches their first slots, or blocks their owners
     warps_tiles: int = 2

@@ -6,6 +6,7 @@ lie one behind the other in a thread's registers. So what runs down a list (tran
 lies behind) is a plain chain inside a thread, and what is summed over pixels (gradients) is a
 product with a constant matrix, on the tensor cores.
 
+- `ordered` puts the table that tiles read from in the order of depth.
 - `forward` stops a tile when its last pixel is finished, and notes how many chunks it went through
   and the transmittance at the start of each.
 - `backward` walks the same chunks. Every slot's gradient is written once, at its own place: no
@@ -33,6 +34,19 @@ LOG2_ALPHA_MIN = tl.constexpr(-7.994353436858858)  # of 1 / 255
 BELOW_CAP = tl.constexpr(0.9899995)  # the cap, 0.99, is a power of 2 that is rounded
 T_MIN = tl.constexpr(1e-4)
 HIDDEN = tl.constexpr(-1e30)  # logarithm of the opacity of padding
+
+
+@triton.jit
+@no_type_check
+def ordered(table, order, number, out, B: tl.constexpr):
+    """Rows of the table in this order [number]; B of them a program."""
+    r, column = tl.program_id(0) * B + tl.arange(0, B), tl.arange(0, 16)
+    inside = r < number
+    source = tl.load(order + r, mask=inside, other=0).to(tl.int64)[:, None] * FIELDS
+    target = r.to(tl.int64)[:, None] * FIELDS
+    used = inside[:, None] & (column < FIELDS)[None, :]
+    row = tl.load(table + source + column[None, :], mask=used)
+    tl.store(out + target + column[None, :], row, mask=used)
 
 
 @triton.jit
