@@ -11,9 +11,9 @@ same device in the same process: eager, eager with checkpoints, and compiled. Pr
 milliseconds after warm-up, gigabytes (10^9) and seconds of compilation.
 
 With `--devices N` parameters, optimiser and average are split over N (`mesh.fsdp`), and the rows
-are a clip on one device, N clips on one, and N clips on N: weak scaling is the first time over the
-third, strong scaling an N-th of the second over the third. `--profile` adds the slowest kernels of
-three steps, each with the operation that it was compiled from.
+are a clip on one device, N clips on one, and N clips on N, compiled side by side: weak scaling is
+the first time over the third, strong scaling an N-th of the second over the third. `--profile` adds
+the slowest kernels of three steps, each with the operation that it was compiled from.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,10 +191,14 @@ class Step:
         return used.argument_size_in_bytes + used.temp_size_in_bytes
 
 
-def measure(args: argparse.Namespace, remat: str, devices: int, clips: int) -> Measured:
-    """Times a step and prints its row, and its kernels if they are asked for."""
+def build(args: argparse.Namespace, remat: str, devices: int, clips: int) -> Step:
+    """A compiled step and its state."""
     perceptual = runpy.run_path(str(args.config))["config"].perceptual if args.perceptual else None
-    step = Step(settings_of(args, remat, devices, clips), perceptual)
+    return Step(settings_of(args, remat, devices, clips), perceptual)
+
+
+def measure(step: Step, args: argparse.Namespace, remat: str, devices: int, clips: int) -> Measured:
+    """Times a step and prints its row, and its kernels if they are asked for."""
     found = Measured(seconds(step), step.bytes, step.compilation)
     show(f"ours, remat {remat}", devices, clips, found)
     values = {name: float(value) for name, value in step().items()}
@@ -213,6 +218,22 @@ def show(name: str, devices: int, clips: int, found: Measured) -> None:
         f"| {found.bytes / 1e9:.2f} | {found.compilation:.0f} |",
         flush=True,
     )
+
+
+def scaling(args: argparse.Namespace, remat: str, devices: int, clips: int) -> Measured:
+    """Times a clip on one device, N clips on one, and N on N; gives the first."""
+    # What needs the most memory comes first: others then find room where it was.
+    rows = ((1, devices * clips), (1, clips), (devices, devices * clips))
+    with futures.ThreadPoolExecutor(len(rows)) as pool:
+        steps = list(pool.map(lambda row: build(args, remat, *row), rows))
+    found = [
+        measure(steps.pop(0), args, remat, *row)  # its state is free before the next is timed
+        for row in rows
+    ]
+    alone, one, split = (measured.seconds for measured in found)
+    weak, strong = one / split, alone / split / devices
+    print(f"scaling on {devices} devices: weak {weak:.3f}, strong {strong:.3f}", flush=True)
+    return found[1]
 
 
 def peer(args: argparse.Namespace, mode: str) -> Measured:
@@ -256,14 +277,13 @@ def main() -> None:
     print(f"{args.devices} x {device.device_kind}, jax {jax.__version__}, {args.config.stem}")
     print(f"{HEAD}\n{'|---' * 7}|")
     clips, devices = args.batch, args.devices
-    ours = [measure(args, remat, 1, clips) for remat in args.remat]
+    ours = []
+    for remat in args.remat:
+        if devices == 1:
+            ours.append(measure(build(args, remat, 1, clips), args, remat, 1, clips))
+        else:
+            ours.append(scaling(args, remat, devices, clips))
     best = min(ours, default=None)
-    if best is not None and devices > 1:
-        remat = args.remat[ours.index(best)]
-        alone = measure(args, remat, 1, devices * clips)
-        split = measure(args, remat, devices, devices * clips)
-        weak, strong = best.seconds / split.seconds, alone.seconds / split.seconds / devices
-        print(f"scaling on {devices} devices: weak {weak:.3f}, strong {strong:.3f}")
     for mode in args.peers:
         theirs = peer(args, mode)
         if best is not None:

@@ -251,5 +251,5 @@ def sharded_step(
         donate_argnums=0,
         # What a step does not read lies on the devices all the same, and a plan counts it.
         keep_unused=True,
-        compiler_options=compiling.TPU_STEP if mesh.devices.flat[0].platform == "tpu" else None,
+        compiler_options=compiling.STEP.get(mesh.devices.flat[0].platform),
     )

@@ -14,3 +14,6 @@ TPU_STEP = {
     "xla_tpu_enable_windowed_einsum_for_all_gather": False,
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
+
+# Of training steps, by platform.
+STEP = {"gpu": OPTIONS, "tpu": TPU_STEP}
