@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v3d_jax.ops import metrics
+from v3d_jax.ops import metrics, target
 
 
 def pair(shape=(17, 19, 3), noise=0.1):
@@ -43,17 +43,31 @@ def test_psnr_of_a_constant_offset():
     assert metrics.psnr(a, a) == jnp.inf
 
 
-def test_ssim_equals_its_definition():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_ssim_equals_its_definition(platform):
     a, b = pair()
-    got = metrics.ssim(jnp.asarray(a), jnp.asarray(b))
+    with target.traced_for(platform):
+        got = metrics.ssim(jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_allclose(got, ssim_by_definition(a, b), atol=2e-6)
 
 
-def test_ssim_of_flat_bright_images_keeps_precision():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_ssim_of_flat_bright_images_keeps_precision(platform):
     a, b = pair(noise=0.003)
     a, b = 0.99 + 0.01 * a, 0.99 + 0.01 * b
-    got = metrics.ssim(jnp.asarray(a), jnp.asarray(b))
+    with target.traced_for(platform):
+        got = metrics.ssim(jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_allclose(got, ssim_by_definition(a, b), atol=3e-4)
+
+
+def test_gradients_on_gpus_are_those_of_the_banded_matrices():
+    pairs = [jnp.asarray(x) for x in pair((2, 17, 19, 3))]
+    found = []
+    for platform in ("cpu", "gpu"):
+        with target.traced_for(platform):
+            found.append(jax.grad(lambda a, b: metrics.ssim(a, b).sum(), argnums=(0, 1))(*pairs))
+    for banded, shifted in zip(*found, strict=True):
+        np.testing.assert_allclose(shifted, banded, atol=1e-5 * np.abs(banded).max())
 
 
 def test_ssim_is_symmetric_one_for_equal_and_low_for_inverted():
