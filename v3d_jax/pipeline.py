@@ -368,8 +368,10 @@ def image_to_splats(
 @functools.cache
 def perceptual(dtype: Any) -> objective.Perceptual:
     """LPIPS as a fit takes it, its trunk running in `dtype`; the same object every time."""
-    features = functools.partial(lpips.features, dtype=dtype)
-    return objective.Perceptual(features, lpips.distance_from_features)
+    return objective.Perceptual(
+        functools.partial(lpips.features, dtype=dtype),
+        functools.partial(lpips.distance_to_features, dtype=dtype),
+    )
 
 
 def networks(settings: Settings, params: Any) -> generator.Generator:

@@ -72,7 +72,7 @@ def test_tap_is_the_definition():
 def test_cached_features_give_the_same_distance():
     params = random_params("vgg")
     a, b = pair()
-    cached = lpips.distance_from_features(params, features(params, a), features(params, b))
+    cached = lpips.distance_to_features(params, a, features(params, b))
     np.testing.assert_allclose(cached, distance(params, a, b), rtol=1e-6)
 
 
@@ -128,3 +128,51 @@ def test_half_precision_files_and_files_of_another_network(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
     with pytest.raises(UserError, match="not LPIPS weights for vgg"):
         lpips_weights.read(path, "vgg")
+
+
+def plain_distance(params, a, b):
+    """By operations whose gradients are JAX's own."""
+
+    def taps(x):
+        shift, scale = (jnp.asarray(a).reshape(1, 1, 1, 3) for a in (lpips._SHIFT, lpips._SCALE))
+        x = (x - shift) / scale
+        for conv, layer in zip(params.convs, lpips._TRUNKS[len(params.convs)], strict=True):
+            if layer.pool:
+                x = lpips._most(x, layer.pool)
+            pads = ((layer.padding, layer.padding),) * 2
+            strides = (layer.stride, layer.stride)
+            numbers = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(
+                x, conv.kernel, strides, pads, dimension_numbers=numbers
+            )
+            x = jax.nn.relu(x + conv.bias.reshape(1, 1, 1, -1))
+            if layer.tap:
+                yield x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-20)
+
+    pairs = zip(params.linear, taps(a), taps(b), strict=True)
+    return sum(jnp.mean(jnp.square(x - y) @ weights, axis=(1, 2)) for weights, x, y in pairs)
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_gradients_are_those_of_plain_operations(net):
+    params = random_params(net)
+    a, b = pair()
+    a, b = a[:, :41, :37], b[:, :41, :37]  # odd sizes: a pool leaves a row out
+
+    def gradient(distance):
+        return jax.jit(jax.grad(lambda *x: distance(*x).sum(), argnums=(0, 1, 2)))(params, a, b)
+
+    found, wanted = gradient(lpips.distance), gradient(plain_distance)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(x - y) <= 2e-4 * np.linalg.norm(y)
+
+
+def test_of_equal_pixels_the_first_has_the_gradient_of_their_pool():
+    values = np.random.default_rng(0).integers(0, 3, (2, 7, 9, 5)).astype(np.float32)
+    weights = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+
+    def gradient(pool):
+        return jax.grad(lambda x: jnp.sum(weights * pool(x)))(jnp.asarray(values))
+
+    wanted = gradient(lambda x: lpips._most(x, 2))
+    np.testing.assert_array_equal(gradient(lpips._halve), wanted)

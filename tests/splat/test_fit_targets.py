@@ -19,8 +19,10 @@ def _features(params, images):
     return (params * images, images[:, ::4, ::4])
 
 
-def _distance(params, a, b):
-    return sum(jnp.mean(jnp.square(x - y), axis=(1, 2, 3)) for x, y in zip(a, b, strict=True))
+def _distance(params, images, wanted):
+    found = _features(params, images)
+    pairs = zip(found, wanted, strict=True)
+    return sum(jnp.mean(jnp.square(x - y), axis=(1, 2, 3)) for x, y in pairs)
 
 
 PERCEPTUAL = objective.Perceptual(_features, _distance)

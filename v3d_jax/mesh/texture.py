@@ -45,8 +45,8 @@ class Perceptual(Protocol):
         ...
 
     @property
-    def distance(self) -> Callable[[Any, Features, Features], Float[Array, "i"]]:
-        """Between features, one number a view."""
+    def distance(self) -> Callable[[Any, Float[Array, "i h w 3"], Features], Float[Array, "i"]]:
+        """From images to those of which the features are, one number a view."""
         ...
 
 
@@ -176,8 +176,8 @@ def _step(
         if features is not None:
             assert perceptual is not None
             batched = jax.tree.map(lambda leaf: leaf[None], wanted)
-            found = perceptual.features(params, 2.0 * image[None] - 1.0)
-            value = value + config.lpips * perceptual.distance(params, found, batched)[0]
+            distance = perceptual.distance(params, 2.0 * image[None] - 1.0, batched)
+            value = value + config.lpips * distance[0]
         return value
 
     inside = inside & seen.trusted

@@ -2,19 +2,24 @@
 
 Axes: `b` image, `h w` image, `c` channel. Images are in [-1, 1]. Pure functions of the parameters;
 `v3d_jax.weights.lpips` reads those. Which trunk it is follows from the number of convolutions.
-For a fixed target, keep `features(params, target)` and call `distance_from_features`.
+For a fixed target, keep `features(params, target)` and call `distance_to_features`.
+
+A gradient is bound by memory as much as by convolutions. So ReLU, pooling and the comparison with a
+tap have gradients of their own here, each of which reads what it needs once.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 # ImageNet's statistics for images in [-1, 1], rounded as in the authors' release.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPS = 1e-10
+_TINY = 1e-37
 
 
 class Conv(NamedTuple):
@@ -61,26 +66,24 @@ def features(
 
     Pixels without any activation stay zero, with zero gradient.
     """
-    shift, scale = (jnp.asarray(x).reshape(1, 1, 1, 3) for x in (_SHIFT, _SCALE))
-    x = ((images - shift) / scale).astype(dtype)
-    taps = []
-    for conv, layer in zip(params.convs, _TRUNKS[len(params.convs)], strict=True):
-        x = jax.nn.relu(_convolve(conv, layer, x))
-        if layer.tap:
-            taps.append(_normalize(x))
-    return tuple(taps)
+    return tuple(_unit(x, _length(x)) for x in _taps(params, images, dtype))
 
 
-def distance_from_features(
+def distance_to_features(
     params: LPIPSParams,
-    a: tuple[Float[Array, "b _ _ _"], ...],
-    b: tuple[Float[Array, "b _ _ _"], ...],
+    images: Float[Array, "b h w 3"],
+    target: tuple[Float[Array, "b _ _ _"], ...],
+    *,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "b"]:
-    """Squared differences of unit features, weighted by channel, averaged over pixels, summed."""
-    total = jnp.zeros(a[0].shape[0], jnp.float32)
-    for weights, x, y in zip(params.linear, a, b, strict=True):
-        squared = jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32))
-        total = total + jnp.mean(squared, axis=(1, 2)) @ weights
+    """LPIPS of images in [-1, 1] from those that have the features `target`.
+
+    Squared differences of unit features, weighted by channel, averaged over pixels, summed.
+    """
+    total = jnp.zeros(images.shape[0], jnp.float32)
+    taps = _taps(params, images, dtype)
+    for weights, x, y in zip(params.linear, taps, target, strict=True):
+        total = total + jnp.mean(_apart(x, y, weights), axis=(1, 2))
     return total
 
 
@@ -95,15 +98,29 @@ def distance(
 
     Images must be at least 16 pixels (VGG16) or 31 pixels (AlexNet) wide and high.
     """
-    x, y = features(params, a, dtype=dtype), features(params, b, dtype=dtype)
-    return distance_from_features(params, x, y)
+    return distance_to_features(params, a, features(params, b, dtype=dtype), dtype=dtype)
+
+
+def _taps(
+    params: LPIPSParams, images: Float[Array, "b h w 3"], dtype: Any
+) -> list[Float[Array, "b _ _ _"]]:
+    """Activations behind the tapped convolutions' ReLU."""
+    shift, scale = (jnp.asarray(x).reshape(1, 1, 1, 3) for x in (_SHIFT, _SCALE))
+    x = ((images - shift) / scale).astype(dtype)
+    taps = []
+    for conv, layer in zip(params.convs, _TRUNKS[len(params.convs)], strict=True):
+        x = _relu(_convolve(conv, layer, x))
+        if layer.tap:
+            taps.append(x)
+    return taps
 
 
 def _convolve(conv: Conv, layer: _Layer, x: Float[Array, "b h w i"]) -> Float[Array, "b _ _ o"]:
-    if layer.pool:
-        window, strides = (1, layer.pool, layer.pool, 1), (1, 2, 2, 1)
-        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, "VALID")
-    x = jax.lax.conv_general_dilated(
+    if layer.pool == 2:
+        x = _halve(x)
+    elif layer.pool:
+        x = _most(x, layer.pool)
+    x = lax.conv_general_dilated(
         x,
         conv.kernel.astype(x.dtype),
         window_strides=(layer.stride, layer.stride),
@@ -113,10 +130,102 @@ def _convolve(conv: Conv, layer: _Layer, x: Float[Array, "b h w i"]) -> Float[Ar
     return x + conv.bias.astype(x.dtype).reshape(1, 1, 1, -1)
 
 
-def _normalize(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """x / (|x| + eps) in float32, with a zero gradient instead of NaN where x is zero."""
-    dtype, x = x.dtype, x.astype(jnp.float32)
-    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+def _most(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b _ _ c"]:
+    """Maxima of windows of so many pixels with a stride of 2."""
+    sizes, strides = (1, window, window, 1), (1, 2, 2, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, sizes, strides, "VALID")
+
+
+@jax.custom_vjp
+def _relu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    return jnp.maximum(x, 0.0)
+
+
+def _relu_forward(x: Array) -> tuple[Array, Array]:
+    # The gradient asks the result. Behind the barrier a compiler cannot ask what goes in instead,
+    # which would have to be written too, where it now is a part of its convolution.
+    y = lax.optimization_barrier(_relu(x))
+    return y, y
+
+
+def _relu_backward(y: Array, cotangent: Array) -> tuple[Array]:
+    return (jnp.where(y > 0, cotangent, 0),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
+
+
+@jax.custom_vjp
+def _halve(x: Float[Array, "b h w c"]) -> Float[Array, "b _ _ c"]:
+    """Maxima of 2 x 2 pixels; of equals, the first in the order of rows has the gradient."""
+    return _most(x, 2)
+
+
+def _halve_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = _most(x, 2)
+    return y, (x, y)
+
+
+def _halve_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array]:
+    # By comparing: `reduce_window`'s own gradient notes four numbers a window and scatters.
+    x, y = saved
+    b, h, w, c = y.shape
+    windows = x[:, : 2 * h, : 2 * w].reshape(b, h, 2, w, 2, c)
+    equal = [windows[:, :, i // 2, :, i % 2] == y for i in range(3)]
+    first = jnp.where(equal[0], 0, jnp.where(equal[1], 1, jnp.where(equal[2], 2, 3)))
+    place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
+    owner = place == first[:, :, None, :, None]
+    found = jnp.where(owner, cotangent[:, :, None, :, None], 0).reshape(b, 2 * h, 2 * w, c)
+    rest = [(0, whole - part) for whole, part in zip(x.shape, found.shape, strict=True)]
+    return (jnp.pad(found, rest),)
+
+
+_halve.defvjp(_halve_forward, _halve_backward)
+
+
+def _length(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
+    """Norms of pixels' channels in float32; where they are 0 the gradient is, instead of NaN."""
+    squared = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
     active = squared > 0
-    length = jnp.where(active, jnp.sqrt(jnp.where(active, squared, 1.0)), 0.0)
-    return (x / (length + _EPS)).astype(dtype)
+    return jnp.where(active, jnp.sqrt(jnp.where(active, squared, 1.0)), 0.0)
+
+
+def _unit(x: Float[Array, "b h w c"], length: Float[Array, "b h w 1"]) -> Float[Array, "b h w c"]:
+    return (x.astype(jnp.float32) / (length + _EPS)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _apart(
+    x: Float[Array, "b h w c"], y: Float[Array, "b h w c"], weights: Float[Array, "c"]
+) -> Float[Array, "b h w"]:
+    """Weighted squared differences of unit features, of activations `x` and of a target `y`."""
+    off = _unit(x, _length(x)).astype(jnp.float32) - y.astype(jnp.float32)
+    return jnp.square(off) @ weights
+
+
+def _apart_forward(x: Array, y: Array, weights: Array) -> tuple[Array, Any]:
+    length = _length(x)
+    off = _unit(x, length).astype(jnp.float32) - y.astype(jnp.float32)
+    weighted = off * weights.reshape(1, 1, 1, -1)
+    # What the gradient takes from all channels of a pixel comes from the same reading of it.
+    along = jnp.sum(weighted * x.astype(jnp.float32), axis=-1, keepdims=True)
+    # Without the barrier the distance is computed with the gradient, as a sum over everything.
+    total, along = lax.optimization_barrier((jnp.sum(off * weighted, axis=-1), along))
+    return total, (x, y, weights, length, along)
+
+
+def _apart_backward(saved: Any, cotangent: Array) -> tuple[Array, Array, Array]:
+    x, y, weights, length, along = saved
+    cotangent = 2.0 * cotangent[..., None]
+    off = _unit(x, length).astype(jnp.float32) - y.astype(jnp.float32)
+    by_unit = cotangent * off * weights.reshape(1, 1, 1, -1)
+    inverse = 1.0 / (length + _EPS)
+    # d unit / dx = (1 - x xT / (|x| (|x| + eps))) / (|x| + eps)
+    turned = cotangent * along * inverse / jnp.maximum(length, _TINY)
+    by_x = inverse * (by_unit - turned * x.astype(jnp.float32))
+    by_x = jnp.where(length > 0, by_x, 0.0)
+    by_weights = 0.5 * jnp.sum(cotangent * jnp.square(off), axis=(0, 1, 2))
+    return by_x.astype(x.dtype), (-by_unit).astype(y.dtype), by_weights
+
+
+_apart.defvjp(_apart_forward, _apart_backward)

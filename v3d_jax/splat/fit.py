@@ -260,8 +260,8 @@ def _step(
         value = objective.image_loss(config.loss, color, wanted)
         if seen.features is not None:
             assert perceptual is not None
-            found = perceptual.features(params, objective.perceptual_input(config.loss, color))
-            distance = perceptual.distance(params, found, seen.features)
+            given = objective.perceptual_input(config.loss, color)
+            distance = perceptual.distance(params, given, seen.features)
             value = value + config.loss.lpips * jnp.mean(distance)
         moving = state.step < config.densify.stop
         unit = size

@@ -40,12 +40,12 @@ class LossConfig:
 class Perceptual:
     """A perceptual distance as two functions of its parameters, such as those of `nn.lpips`.
 
-    `features(params, images)` are of images [i, h, w, 3] in [-1, 1]; `distance(params, a, b)` is
-    one number a view.
+    `features(params, images)` are of images [i, h, w, 3] in [-1, 1]; `distance(params, images,
+    features)` is one number a view, from images to those of which the features are.
     """
 
     features: Callable[[Any, Float[Array, "i h w 3"]], Features]
-    distance: Callable[[Any, Features, Features], Float[Array, "i"]]
+    distance: Callable[[Any, Float[Array, "i h w 3"], Features], Float[Array, "i"]]
 
 
 def perceptual_input(config: LossConfig, images: Float[Array, "i h w 3"]) -> Array:
