@@ -2,6 +2,7 @@
 
 import collections
 import glob
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -42,3 +43,16 @@ def table(title: str, times: list[tuple[str, float, float]], most: int = 40) -> 
     rows = [f"| {name[:60]} | {spent:.3f} | {count:.0f} |" for name, spent, count in times[:most]]
     head = [f"| {title}: {total:.2f} ms in {len(times)} kernels | ms | launches |", "|---|---|---|"]
     return "\n".join([*head, *rows])
+
+
+def name_operations(
+    times: list[tuple[str, float, float]], program: str
+) -> list[tuple[str, float, float]]:
+    """Puts before a kernel's name the last parts of the operation that its fusion came from."""
+    found = re.finditer(r'%([\w.\-]+) = [^\n]*?op_name="([^"]*)"', program)
+    operations = {re.sub(r"[.\-]", "_", match[1]): match[2] for match in found}
+    named = []
+    for name, spent, count in times:
+        operation = operations.get(re.sub(r"[.\-]", "_", name))
+        named.append((name if operation is None else f"{operation[-38:]} {name}", spent, count))
+    return named

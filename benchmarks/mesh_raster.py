@@ -1,14 +1,17 @@
 """Claim: at least 1,000 textured, lit views a second of a 5,000-face object on one H200.
 
 Renders 36 views of 256 x 256 pixels (2 x 2 samples each) to RGBA per call and prints one table
-row: views a second (median call after warm-up), the limit, and bytes of device memory. Run
+row: views a second (median call after warm-up), the limit, and bytes of device memory; with
+`--profile`, on a GPU, also every kernel's time and the operation that it comes from. Run
 `python benchmarks/mesh_raster.py`; a CPU runs the same program one view at a time.
 """
 
+import argparse
 import functools
 import statistics
 import time
 
+import gpu_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +41,9 @@ def bumpy_sphere(rows: int = 50, columns: int = 50, texture: int = 256) -> surfa
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--profile", action="store_true", help="show the slowest kernels")
+    options = parser.parse_args()
     mesh = jax.tree.map(jnp.asarray, bumpy_sphere())
     camera = cameras.orbit(VIEWS, width=SIZE, height=SIZE, elevation=15.0)
     lights = shade.random_lights(jax.random.key(0))
@@ -67,6 +73,10 @@ def main() -> None:
         f" | {size:,.0f} MB"
         f" | {int(views.slots):,} slots of {config.slots:,} |"
     )
+    if options.profile:
+        times = gpu_kernels.kernel_times(lambda: compiled(mesh, camera, lights), 3)
+        named = gpu_kernels.name_operations(times, compiled.as_text())
+        print(gpu_kernels.table("kernel", named))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ the slowest kernels of three steps, each with the operation that it was compiled
 import argparse
 import dataclasses
 import os
-import re
 import runpy
 import statistics
 import sys
@@ -207,7 +206,9 @@ def measure(step: Step, args: argparse.Namespace, remat: str, devices: int, clip
     if args.profile:
         # In this thread: CUPTI has crashed where another one traced.
         times = gpu_kernels.kernel_times(step, 3)
-        print(gpu_kernels.table("kernel", name_operations(times, step.program.as_text())))
+        print(
+            gpu_kernels.table("kernel", gpu_kernels.name_operations(times, step.program.as_text()))
+        )
     return found
 
 
@@ -256,19 +257,6 @@ def peer(args: argparse.Namespace, mode: str) -> Measured:
     if on_gpu:
         torch.cuda.empty_cache()
     return found
-
-
-def name_operations(
-    times: list[tuple[str, float, float]], program: str
-) -> list[tuple[str, float, float]]:
-    """Puts before a kernel's name the last parts of the operation that its fusion came from."""
-    found = re.finditer(r'%([\w.\-]+) = [^\n]*?op_name="([^"]*)"', program)
-    operations = {re.sub(r"[.\-]", "_", match[1]): match[2] for match in found}
-    named = []
-    for name, spent, count in times:
-        operation = operations.get(re.sub(r"[.\-]", "_", name))
-        named.append((name if operation is None else f"{operation[-38:]} {name}", spent, count))
-    return named
 
 
 def main() -> None:
