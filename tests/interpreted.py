@@ -1,6 +1,6 @@
 """Runs the Triton kernels in Triton's interpreter, on arrays of a CPU: no GPU and no torch.
 
-`launch` stands in for `v3d_jax.splat.kernels.launches.run`.
+`launch` stands in for `v3d_jax.splat.kernels.launches.through_jax_triton`.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ def triton_kernels(monkeypatch) -> None:
         assert nvidia.missing() is None
         return
     pytest.importorskip("triton", reason="the kernels' interpreter is triton's")
-    monkeypatch.setattr(launches, "run", interpreted.launch)
+    monkeypatch.setattr(launches, "through_jax_triton", interpreted.launch)
 
 
 @pytest.fixture(params=["triton", "pallas"])

@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fused_splats import BACKGROUND, CONFIG, HEIGHT, WIDTH, check, evaluate, repeats, scene
+from fused_splats import (
+    BACKGROUND,
+    CONFIG,
+    GRADIENT,
+    HEIGHT,
+    WIDTH,
+    check,
+    evaluate,
+    repeats,
+    scene,
+)
 
 from v3d_jax.splat import rasterize
 
@@ -78,3 +88,22 @@ def test_gradients_stay_finite_when_gaussians_are_missing(config):
 def test_gradients_repeat_bit_for_bit(config):
     arguments = (scene("opaque"), jnp.asarray(BACKGROUND), scenes.views(2, WIDTH, HEIGHT))
     repeats(evaluate(config), *arguments)
+
+
+def test_under_vmap_scenes_come_as_one_by_one(config):
+    camera = scenes.views(1, WIDTH, HEIGHT)
+    clouds = [scene("mixed"), scene("opaque")]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *clouds)
+
+    def shown(gaussians):
+        return rasterize.rasterize(gaussians, camera, config).color
+
+    def slope(gaussians):
+        return jax.grad(lambda g: jnp.sum(jnp.square(shown(g))))(gaussians)
+
+    for function in (shown, slope):
+        alone = [fixtures.jit(function)(cloud) for cloud in clouds]
+        wanted = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+        found = fixtures.jit(jax.vmap(function))(both)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            assert scenes.relative(x, y) <= GRADIENT

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import custom_batching
 from jaxtyping import Array
 
 
@@ -35,7 +36,17 @@ def kernel(launch: Launch) -> Any:
 
 
 def run(launch: Launch) -> tuple[Array, ...]:
-    """Launches one kernel through jax-triton, on an NVIDIA GPU."""
+    """Launches one kernel on an NVIDIA GPU; under `jax.vmap` once for each, one after the other."""
+
+    @custom_batching.sequential_vmap
+    def one(*inputs: Array) -> tuple[Array, ...]:
+        return through_jax_triton(launch._replace(inputs=inputs))
+
+    return one(*launch.inputs)
+
+
+def through_jax_triton(launch: Launch) -> tuple[Array, ...]:
+    """Launches one kernel, which must not be batched."""
     import jax_triton
 
     # With jax-triton 0.4 an argument changed its name and Triton's own options came in.
