@@ -200,7 +200,8 @@ def _apart(
 ) -> Float[Array, "b h w"]:
     """Weighted squared differences of unit features, of activations `x` and of a target `y`."""
     off = _unit(x, _length(x)).astype(jnp.float32) - y.astype(jnp.float32)
-    return jnp.square(off) @ weights
+    # No matrix product: what GPUs and TPUs multiply by default is rounded to fewer bits.
+    return jnp.sum(jnp.square(off) * weights.reshape(1, 1, 1, -1), axis=-1)
 
 
 def _apart_forward(x: Array, y: Array, weights: Array) -> tuple[Array, Any]:
