@@ -7,8 +7,8 @@ Scenes are those of `splat_raster.py`, with Gaussians binned once. For each it p
   (largest difference of an image; relative norm of the difference of a gradient);
 - on `--scenes`: rasterizing forward, and forward and backward, by XLA and by the kernels as they
   are the fastest, how far the kernels' gradients are from XLA's, whether two runs of the kernels
-  are equal to the bit, and, where gsplat is there, gsplat's images, gradients and times on the same
-  inputs; on `--profile` where the time goes.
+  are equal to the bit, and, where gsplat is there, gsplat's times on the same inputs; on
+  `--profile` where the time goes. `splat_agreement.py` compares with gsplat's results.
 
 A scene's name is its kind and the number of views. A variant that does not compile prints why and
 is left out. Run `python benchmarks/splat_kernels.py` on an NVIDIA GPU with the extra `cuda`.
@@ -28,7 +28,6 @@ from unittest import mock
 import gpu_kernels
 import jax
 import jax.numpy as jnp
-import numpy as np
 import splat_raster
 from kernel_variants import (
     Variant,
@@ -250,42 +249,9 @@ def print_whole(
     for name, a, b in zip(splats.Gaussians._fields, ours, plain, strict=True):
         print(f", {name} {apart(a, b):.1e}", end="")
     print()
-    if gsplat:
-        print_beside_gsplat(case, options.size, image, ours)
     if subject.name in options.profile:
         times = gpu_kernels.kernel_times(calls["both"], 5)
         print(gpu_kernels.table(f"forward and backward, {subject.name}", times))
-
-
-def print_beside_gsplat(case: Case, size: int, image: jax.Array, ours: splats.Gaussians) -> None:
-    """Differences from gsplat's CUDA op: image, gradients of what both are given."""
-    import torch
-    from gsplat import rasterization
-
-    def put(x: Any) -> Any:
-        return torch.tensor(np.asarray(x), device="cuda")
-
-    g = case.gaussians
-    logits, logs = (put(x).requires_grad_() for x in (g.opacity_logits, g.log_scales))
-    means, rotations = (put(x).requires_grad_() for x in (g.means, g.rotations))
-    colors = put(0.5 + splats.SH_C0 * np.asarray(g.sh[:, 0]))
-    color, _, _ = rasterization(
-        means, rotations, torch.exp(logs), torch.sigmoid(logits), colors,
-        put(case.camera.world_to_camera), put(case.camera.intrinsics), size, size,
-        packed=False, backgrounds=torch.ones(case.views, 3, device="cuda"),
-    )  # fmt: skip
-    weights = put(np.random.default_rng(1).normal(size=(size, size, 3)).astype(np.float32))
-    (color * weights).sum().backward()
-    off = np.abs(np.asarray(image) - color.detach().cpu().numpy())
-    far = np.mean(off.max(axis=-1) > 1e-4)
-    print(f"kernels and gsplat: image {off.max():.1e}, over 1e-4 on {far:.1e} of pixels", end="")
-    peers = {"means": means, "rotations": rotations, "log_scales": logs, "opacity_logits": logits}
-    for name, leaf in peers.items():
-        print(
-            f", {name} {apart(getattr(ours, name), jnp.asarray(leaf.grad.cpu().numpy())):.1e}",
-            end="",
-        )
-    print()
 
 
 def main() -> None:
@@ -342,7 +308,7 @@ def main() -> None:
         print(f"at {time.perf_counter() - begun:.0f} s", flush=True)
 
 
-def find_subjects(options: argparse.Namespace) -> dict[str, Subject]:
+def find_subjects(options: argparse.Namespace, *, quiet: bool = False) -> dict[str, Subject]:
     bare = rasterize.RasterConfig(width=options.size, height=options.size, slots=1)
     count = jax.jit(lambda *arrays: splat_raster.binned(bare, *arrays).total)
     found = {}
@@ -352,7 +318,8 @@ def find_subjects(options: argparse.Namespace) -> dict[str, Subject]:
         case = Case(kind, splat_raster.scene(kind, options.splats), lens)
         needed = count(case.gaussians, case.camera)
         found[name] = Subject(case, rasterize.with_room(bare, needed, slack=1.0))
-        print(f"{name}: {int(needed):,} slots", flush=True)
+        if not quiet:
+            print(f"{name}: {int(needed):,} slots", flush=True)
     return found
 
 
