@@ -371,6 +371,7 @@ def perceptual(dtype: Any) -> objective.Perceptual:
     return objective.Perceptual(
         functools.partial(lpips.features, dtype=dtype),
         functools.partial(lpips.distance_to_features, dtype=dtype),
+        functools.partial(lpips.in_dtype, dtype=dtype),
     )
 
 

@@ -130,6 +130,13 @@ def test_half_precision_files_and_files_of_another_network(tmp_path):
         lpips_weights.read(path, "vgg")
 
 
+def test_parameters_converted_beforehand_give_the_same_bits():
+    params = random_params("vgg")
+    a, b = pair()
+    found = distance(lpips.in_dtype(params, jnp.bfloat16), a, b, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(found, distance(params, a, b, dtype=jnp.bfloat16))
+
+
 def plain_distance(params, a, b):
     """By operations whose gradients are JAX's own."""
 

@@ -101,6 +101,11 @@ def distance(
     return distance_to_features(params, a, features(params, b, dtype=dtype), dtype=dtype)
 
 
+def in_dtype(params: LPIPSParams, dtype: Any) -> LPIPSParams:
+    """The trunk's parameters as it multiplies by them, so that many distances convert them once."""
+    return params._replace(convs=jax.tree.map(lambda x: x.astype(dtype), params.convs))
+
+
 def _taps(
     params: LPIPSParams, images: Float[Array, "b h w 3"], dtype: Any
 ) -> list[Float[Array, "b _ _ _"]]:

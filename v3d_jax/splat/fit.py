@@ -178,6 +178,8 @@ def advance(
     that cutting a fit into chunks changes nothing. `params` are the perceptual network's.
     """
     size = extent(targets.cameras)
+    if perceptual is not None:
+        params = perceptual.prepare(params)
 
     def one(state: State, _: None) -> tuple[State, Array]:
         return _step(config, raster, perceptual, params, targets, size, state, key)

@@ -38,7 +38,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Perceptual:
-    """A perceptual distance as two functions of its parameters, such as those of `nn.lpips`.
+    """A perceptual distance as functions of its parameters, such as those of `nn.lpips`.
 
     `features(params, images)` are of images [i, h, w, 3] in [-1, 1]; `distance(params, images,
     features)` is one number a view, from images to those of which the features are.
@@ -46,6 +46,7 @@ class Perceptual:
 
     features: Callable[[Any, Float[Array, "i h w 3"]], Features]
     distance: Callable[[Any, Float[Array, "i h w 3"], Features], Float[Array, "i"]]
+    prepare: Callable[[Any], Any] = lambda params: params  # once, before many steps
 
 
 def perceptual_input(config: LossConfig, images: Float[Array, "i h w 3"]) -> Array:
