@@ -5,8 +5,8 @@ The semantics are gsplat's: 0.3 px^2 of blur, contributions below 1/255 dropped,
 Everything has a static shape; one number, the capacity in slots (tile, Gaussian), is chosen by
 the caller, and a result says whether it was enough.
 
-All of it is plain XLA and runs on CPU, GPU and TPU (benchmarks/splat_raster.py). On NVIDIA GPUs
-slots and compositing can be done by fused kernels instead, on TPUs compositing (docs/kernels.md).
+All of it exists in plain XLA and runs on CPU, GPU and TPU. On NVIDIA GPUs fused kernels make slots
+and composite instead, where they can be used; on TPUs some composite on demand (docs/kernels.md).
 """
 
 import functools
