@@ -9,7 +9,7 @@ from v3d_jax.splat.kernels.nvidia import Settings
 # What the fastest variant of each kernel decides.
 DECIDES = {
     "forward": ("chunk", "warps"),
-    "owners": ("owners", "slots", "many", "warps_gather"),
+    "owners": ("owners", "slots", "warps_gather"),
     "backward": ("chunk_back", "warps_back", "registers_back", "saved"),
 }
 
@@ -42,15 +42,8 @@ def backward_variants() -> list[Variant]:
 
 
 def owner_variants() -> list[Variant]:
-    sizes = (
-        (16, 4, 4, 4),
-        (16, 4, 16, 4),
-        (32, 4, 4, 4),
-        (8, 4, 4, 2),
-        (16, 2, 4, 4),
-        (16, 2, 2, 4),
-    )
-    names = ("owners", "slots", "many", "warps_gather")
+    sizes = ((16, 4, 4), (16, 2, 4), (16, 8, 4), (32, 4, 4), (8, 4, 2))
+    names = ("owners", "slots", "warps_gather")
     return [Variant(Settings(**dict(zip(names, size, strict=True)))) for size in sizes]
 
 

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from importlib import util
 
@@ -15,7 +16,7 @@ from fused_splats import BACKGROUND, CONFIG, HEIGHT, WIDTH, check, evaluate, rep
 
 from v3d_jax.ops import target
 from v3d_jax.splat import bin, rasterize
-from v3d_jax.splat.kernels import nvidia
+from v3d_jax.splat.kernels import launches, nvidia
 
 
 def fused(config, **settings):
@@ -38,7 +39,7 @@ def fused(config, **settings):
         {"saved": True},
         {"chunk": 8, "chunk_back": 32, "warps_back": 2},
         {"chunk": 32, "chunk_back": 32, "saved": True},
-        {"owners": 8, "slots": 2, "many": 16, "rows": 8},
+        {"owners": 8, "slots": 2, "rows": 8},
     ],
     ids=str,
 )
@@ -66,6 +67,33 @@ def test_settings_and_channels_that_kernels_do_not_take():
     mixed = nvidia.Settings(chunk=8, chunk_back=16, saved=True)
     with pytest.raises(ValueError, match="the same size"):
         nvidia.composite(tiles, (jnp.zeros(1),) * 10, bins, mixed)
+
+
+@pytest.mark.parametrize("version", ["0.3", "0.4"])
+def test_launches_say_what_each_jax_triton_takes(version, monkeypatch):
+    told = []
+
+    def older(*arguments, kernel, grid, num_warps, zeroed_outputs, name, out_shape, **static):
+        told.append((arguments, kernel, grid, num_warps, zeroed_outputs, name, static))
+        return [jnp.zeros(leaf.shape, leaf.dtype) for leaf in out_shape]
+
+    def newer(*arguments, out_type, backend_options, kernel, **more):
+        told.append(backend_options)
+        return older(*arguments, kernel=kernel, out_shape=out_type, **more)
+
+    package = types.SimpleNamespace(triton_call=older if version == "0.3" else newer)
+    monkeypatch.setitem(sys.modules, "jax_triton", package)
+    monkeypatch.setattr(launches, "kernel", lambda launch: launch.kernel)
+    outputs = (launches.floats(3, 2), launches.ints(4))
+    launch = launches.Launch(
+        "tiles", "backward", (jnp.ones(5),), (7,), outputs, {"K": 16}, 9, 2, (1,), registers=168
+    )
+    found = launches.run(launch)
+    assert [(leaf.shape, leaf.dtype) for leaf in found] == [((3, 2), "float32"), ((4,), "int32")]
+    (array, number), *rest = told.pop()
+    assert (array.shape, number) == ((5,), 7)
+    assert rest == ["backward", (9,), 2, (1,), "splat_backward", {"K": 16}]
+    assert told == ([] if version == "0.3" else [{"enable_fp_fusion": True, "maxnreg": 168}])
 
 
 def test_xla_is_used_and_the_reason_given_once_where_kernels_cannot_be(monkeypatch):
@@ -108,7 +136,7 @@ for kernel, static in (
     (tiles.forward, {"K": 16, "SAVE": True}),
     (tiles.backward, {"K": 16, "SAVED": False}),
     (tiles.backward, {"K": 16, "SAVED": True}),
-    (owners.gather, {"B": 16, "J": 4, "MANY": 4}),
+    (owners.gather, {"B": 16, "J": 4}),
 ):
     types = {
         name: "constexpr" if name in static

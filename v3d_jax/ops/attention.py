@@ -68,7 +68,7 @@ def choose(q_shape: tuple[int, ...], num_keys: int, dtype: Any, platform: str) -
     """The implementation for queries of shape [b, n, h, d] and `num_keys` keys on a platform."""
     num_queries, channels = q_shape[1], q_shape[3]
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    cudnn = platform in ("gpu", "cuda") and half and channels <= _CUDNN_MAX_CHANNELS
+    cudnn = platform in target.GPUS and half and channels <= _CUDNN_MAX_CHANNELS
     fits = channels % 8 == 0 and num_queries % 2 == 0 and num_keys % 2 == 0
     shortest = min(num_queries, num_keys)
     if cudnn and fits and shortest >= _CUDNN_SHORT:

@@ -44,7 +44,7 @@ def can_fuse(shape: tuple[int, ...], platform: str, devices: int) -> bool:
     """
     _, t, s, _, d = shape
     fits = t <= _MAX_FRAMES and s % _PIXELS == 0 and d in (16, 32, 64, 128)
-    return platform in ("gpu", "cuda") and devices == 1 and fits
+    return platform in target.GPUS and devices == 1 and fits
 
 
 def plain(q: Clips, k: Clips, v: Clips) -> Clips:

@@ -52,7 +52,7 @@ def _blur(image: Float[Array, "*n h w c"]) -> Float[Array, "*n h2 w2 c"]:
     The precision is named: what GPUs and TPUs do by default would drown the variances of flat
     regions. On GPUs, whose matrix units have no such precision, sums of shifted images instead.
     """
-    if target.platform() in ("gpu", "cuda"):
+    if target.platform() in target.GPUS:
         # Two passes: as one kernel, every window's columns would be summed eleven times.
         return _slide(lax.optimization_barrier(_slide(image, image.ndim - 3)), image.ndim - 2)
     rows, columns = (jnp.asarray(_band(side)) for side in image.shape[-3:-1])

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import jax
 
+GPUS = ("gpu", "cuda")  # what JAX calls them: a backend, and what a program is lowered for
+
 _named: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 

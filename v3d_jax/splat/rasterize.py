@@ -113,7 +113,7 @@ def compositing(config: RasterConfig) -> Compositing:
     """
     if config.compositing != "auto":
         return config.compositing
-    if target.platform() not in ("gpu", "cuda"):
+    if target.platform() not in target.GPUS:
         return "xla"
     reason = nvidia.missing()
     if reason is None:

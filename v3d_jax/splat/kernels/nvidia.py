@@ -37,7 +37,6 @@ class Settings(NamedTuple):
     saved: bool = False  # see `tiles.backward`
     owners: int = 16  # (view, Gaussian) of a program that adds up slots
     slots: int = 4  # of each at a time
-    many: int = 4  # likewise where one has as many
     warps_gather: int = 4
     rows: int = 64  # of a program that puts them in the order of depth
 
@@ -193,7 +192,7 @@ def gather(settings: Settings, sums: Array, place: Array, bins: Bins) -> Launch:
         (sums, place, bins.run_start, bins.run_end, bins.order),
         (count,),
         (floats(count, FOUND),),
-        {"B": settings.owners, "J": settings.slots, "MANY": settings.many},
+        {"B": settings.owners, "J": settings.slots},
         -(-count // settings.owners),
         settings.warps_gather,
     )

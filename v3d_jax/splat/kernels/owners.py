@@ -30,11 +30,11 @@ def gather(
     sums, place, run_start, run_end, order,
     count,
     out,
-    B: tl.constexpr, J: tl.constexpr, MANY: tl.constexpr,
+    B: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """Sums over the slots of every (view, Gaussian), [count, 10], in the order of the fields.
 
-    B of them a program, J slots of each at a time, or MANY where one has as many.
+    B of them a program, J slots of each at a time.
     """
     r = tl.program_id(0) * B + tl.arange(0, B)
     inside = r < count
@@ -44,9 +44,6 @@ def gather(
     column = tl.arange(0, 16)
     total = tl.zeros([B, 16], tl.float32)
     at = 0
-    while at + MANY <= longest:
-        total += _slots(sums, place, start, end, at, column, MANY)
-        at += MANY
     while at < longest:
         total += _slots(sums, place, start, end, at, column, J)
         at += J
