@@ -2,8 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from v3d_jax.ops import attention, frame_attention
+from v3d_jax.nn import layers
+from v3d_jax.ops import attention, frame_attention, target
+from v3d_jax.parallel import mesh as meshes
+from v3d_jax.parallel import sharding
 
 
 def inputs(shape, dtype=jnp.float32):
@@ -52,6 +56,20 @@ def test_kernel_equals_plain_on_a_gpu(shape, dtype, tolerance):
     plain = jax.jit(lambda *x: value_and_gradients(frame_attention.plain, *x))(*arrays)
     fused = jax.jit(lambda *x: value_and_gradients(frame_attention.fused, *x))(*arrays)
     assert_close(fused, plain, tolerance)
+
+
+@pytest.mark.parametrize(("frames", "fuses"), [(1, True), (2, False)])
+def test_devices_run_the_kernel_on_clips_of_their_own(frames, fuses):
+    """Whoever shares a clip attends by XLA, which divides the work."""
+    mesh = meshes.make(meshes.MeshConfig(2, frames=frames))
+    layer = layers.Attention(64, head_channels=32, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((8, 18, 64, 64), jnp.float32)
+    with target.traced_for("cuda"):
+        traced = jax.make_jaxpr(sharding.on_mesh(layer.across_frames, mesh))(x)
+        alone = jax.make_jaxpr(layer.across_frames)(x)
+    assert "pallas_call" in str(alone)
+    assert ("pallas_call" in str(traced)) == fuses
+    assert ("shard_map" in str(traced)) == fuses
 
 
 def test_kernel_is_chosen_for_short_clips_on_one_gpu():

@@ -1,5 +1,6 @@
 """The mesh, the rule for weights, and placing batches."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -79,6 +80,57 @@ def test_a_network_is_split_by_clip_and_frame_where_there_is_a_mesh():
     assert split.sharding.shard_shape(split.shape) == (1, 1, 1, 1, 3)
     np.testing.assert_array_equal(split, 2 * x)
     assert double(x).shape == x.shape  # without a mesh nothing is pinned
+
+
+def test_devices_gather_kernels_and_no_activations():
+    """Two layers of split kernels: only their four arrays are gathered, and gradients are split."""
+    mesh = meshes.make(meshes.MeshConfig(8))
+    rng = np.random.default_rng(0)
+    kernels = [rng.standard_normal(shape, np.float32) / 16 for shape in ((256, 512), (512, 256))]
+    x = rng.standard_normal((16, 5, 256), np.float32)
+
+    def loss(kernels, x):
+        h = jnp.tanh(x @ sharding.whole(kernels[0]))
+        return jnp.mean((h @ sharding.whole(kernels[1])) ** 2)
+
+    step = jax.value_and_grad(loss)
+    placements = sharding.weights(kernels, mesh)
+    assert placements[0].spec == PartitionSpec(None, "fsdp")
+    sharded = jax.jit(
+        sharding.on_mesh(step, mesh),
+        in_shardings=(placements, sharding.batch(mesh)),
+        out_shardings=(sharding.replicated(mesh), placements),
+    )
+    program = sharded.lower(kernels, x).compile().as_text()
+    gathered = set(re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program))
+    assert gathered == {"256,512", "512,256"}
+    assert "all-to-all" not in program
+    assert "collective-permute" not in program
+    value, grads = sharded(kernels, x)
+    expected_value, expected = step(kernels, x)  # without a mesh nothing is gathered
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for got, wanted in zip(grads, expected, strict=True):
+        assert got.addressable_shards[0].data.size == 256 * 512 // 8
+        np.testing.assert_allclose(got, wanted, atol=1e-7)
+
+
+@pytest.mark.parametrize(("fsdp", "frames", "seen"), [(2, 1, 2), (8, 1, 2), (2, 2, 16), (1, 8, 16)])
+def test_clips_are_treated_where_they_lie_unless_devices_share_one(fsdp, frames, seen):
+    mesh = meshes.make(meshes.MeshConfig(fsdp, frames=frames))
+    clips = jnp.arange(16.0 * 8).reshape(16, 8)
+    shapes = []
+
+    def total(a, b):
+        shapes.append(a.shape)
+        return a + b.sum(1, keepdims=True)
+
+    step = jax.jit(sharding.on_mesh(lambda a, b: sharding.each_clip(total, a, b), mesh))
+    placed = sharding.put_batch(clips, mesh)
+    got = step(placed, placed)
+    assert shapes == [(seen, 8)]
+    np.testing.assert_array_equal(got, clips + clips.sum(1, keepdims=True))
+    np.testing.assert_array_equal(sharding.each_clip(total, clips, clips), got)
+    assert shapes[-1] == (16, 8)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ from v3d_jax.training import cached, conditioning, perceptual, video
 CLIPS, FRAMES = 8, 4
 
 
+@pytest.fixture(autouse=True)
+def split_small_weights(monkeypatch):
+    """At rest, and where layers gather them."""
+    monkeypatch.setattr(sharding, "SMALL", 2**10)
+
+
 def config(levels: int) -> generator.GeneratorConfig:
     """One level has attention in the middle only; two have it below full resolution too."""
     return generator.GeneratorConfig(
@@ -86,7 +92,7 @@ def gradients(levels: int, devices: int, fsdp: int, frames: int = 1, remat: str 
     """Loss, the gradient's norm, the gradient in numpy, and the FLOPs of one device."""
     mesh = meshes.make(meshes.MeshConfig(fsdp=fsdp, devices=devices, frames=frames))
     _, params, frozen = model(levels)
-    placements = sharding.weights(params, mesh, small=2**10)
+    placements = sharding.weights(params, mesh)
     everywhere = sharding.replicated(mesh)
     settings = config(levels)
     network = dataclasses.replace(settings.unet, remat=remat)

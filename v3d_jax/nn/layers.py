@@ -55,13 +55,25 @@ def sinusoid(t: Float[Array, "*n"], dim: int, max_period: float = 10000.0) -> Fl
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def promote_dtype(arrays: tuple[Any, ...], *, dtype: Any) -> tuple[Any, ...]:
+    """A layer's input, kernel and bias in the type that it computes in, the kernel whole."""
+    x, kernel, bias = (None if array is None else jnp.asarray(array, dtype) for array in arrays)
+    return x, sharding.whole(kernel), bias
+
+
 def linear(
     inputs: int, outputs: int, *, bias: bool = True, zero: bool = False, dtype: Any, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """A linear layer, LeCun-normal or, with `zero`, all zeros."""
     kernel_init = nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal()
     return nnx.Linear(
-        inputs, outputs, use_bias=bias, kernel_init=kernel_init, dtype=dtype, rngs=rngs
+        inputs,
+        outputs,
+        use_bias=bias,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        promote_dtype=promote_dtype,
+        rngs=rngs,
     )
 
 
@@ -93,6 +105,7 @@ def conv(
         padding=padding,
         kernel_init=kernel_init,
         dtype=dtype,
+        promote_dtype=promote_dtype,
         rngs=rngs,
     )
 
@@ -111,7 +124,7 @@ class TemporalConv(nnx.Module):
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
         """Mixes every pixel with itself in the previous and the next frame."""
         b, t, h, w, c = x.shape
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = sharding.whole(self.kernel[...].astype(self.dtype))
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype).reshape(b, t, h * w, c),
             kernel[:, None],
@@ -238,7 +251,7 @@ class Attention(nnx.Module):
             layer(x).reshape(*x.shape[:3], -1, self.head_channels)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        return self.to_out(frame_attention.attention(q, k, v).reshape(x.shape))
+        return self.to_out(sharding.each_clip(frame_attention.attention, q, k, v).reshape(x.shape))
 
     def one_key(self, context: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
         """The result for any query where the context is a single token: the softmax is then 1."""

@@ -10,11 +10,13 @@ scores in registers; its gradient computes them again. `plain` is its twin, for 
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from v3d_jax.ops import target
@@ -32,15 +34,23 @@ def attention(q: Clips, k: Clips, v: Clips) -> Clips:
 
     The implementation is chosen by shape and platform (`v3d_jax.ops.target`) at trace time.
     """
-    if can_fuse(q.shape, target.platform(), jax.device_count()):
+    if can_fuse(q.shape, target.platform(), _shared_by()):
         return fused(q, k, v)
     return plain(q, k, v)
 
 
-def can_fuse(shape: tuple[int, ...], platform: str, devices: int) -> bool:
-    """Whether the kernel takes arrays of this shape.
+def _shared_by() -> int:
+    """Devices of the mesh in context that arrays here may be split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return math.prod(mesh.shape[name] for name, kind in kinds if kind is not AxisType.Manual)
 
-    XLA does not partition it: several devices would each attend for the whole batch.
+
+def can_fuse(shape: tuple[int, ...], platform: str, devices: int) -> bool:
+    """Whether the kernel takes arrays of this shape, which `devices` may share.
+
+    XLA does not partition it: several devices would each attend for the whole batch. Where a clip
+    is one device's, `parallel.sharding.each_clip` gives each its own.
     """
     _, t, s, _, d = shape
     fits = t <= _MAX_FRAMES and s % _PIXELS == 0 and d in (16, 32, 64, 128)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from v3d_jax import errors
 
@@ -65,6 +65,6 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
     return mesh
 
 
-def clips(mesh: Mesh) -> int:
+def clips(mesh: Mesh | AbstractMesh) -> int:
     """How many devices, or groups that share a clip, a batch is split over."""
     return mesh.shape[DATA] * mesh.shape[FSDP]

@@ -22,8 +22,9 @@ from v3d_jax.parallel import mesh as mesh_axes
 SMALL = 2**16
 
 
-def rule(shape: tuple[int, ...], fsdp: int, small: int = SMALL) -> PartitionSpec:
+def rule(shape: tuple[int, ...], fsdp: int, small: int | None = None) -> PartitionSpec:
     """The split of one weight: its largest dimension divisible by `fsdp`, if it is not small."""
+    small = SMALL if small is None else small
     divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or int(np.prod(shape)) < small or not divisible:
         return PartitionSpec()
@@ -32,7 +33,7 @@ def rule(shape: tuple[int, ...], fsdp: int, small: int = SMALL) -> PartitionSpec
     return PartitionSpec(*(None,) * chosen, mesh_axes.FSDP)
 
 
-def weights(abstract: Any, mesh: Mesh | AbstractMesh, small: int = SMALL) -> Any:
+def weights(abstract: Any, mesh: Mesh | AbstractMesh, small: int | None = None) -> Any:
     """The rule over a tree of arrays or abstract arrays, such as a whole train state."""
     fsdp = mesh.shape[mesh_axes.FSDP]
     return jax.tree.map(
@@ -94,6 +95,64 @@ def pin_clips(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         return x
     spec = PartitionSpec((mesh_axes.DATA, mesh_axes.FSDP), mesh_axes.FRAMES)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def whole(kernel: Array) -> Array:
+    """A weight as a layer uses it: gathered from where the rule splits it; its gradient is split.
+
+    To be called on what the layer computes with, in its type. Left alone, the compiler may rather
+    gather a batch of activations, or leave a layer's channels split for the next to exchange: of
+    V3D's UNet it moved three times the bytes of the weights so. Where `on_mesh` is not, or weights
+    are not split, this is the weight itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get(mesh_axes.FSDP) is not AxisType.Auto:
+        return kernel
+    split = rule(kernel.shape, mesh.shape[mesh_axes.FSDP])
+    if split == PartitionSpec():
+        return kernel
+    return _gathered(kernel, NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, split))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(kernel: Array, everywhere: NamedSharding, split: NamedSharding) -> Array:
+    # Pinned before as well, or the cast that made it comes after the gathering, of twice the bytes.
+    kernel = jax.lax.with_sharding_constraint(kernel, split)
+    return jax.lax.with_sharding_constraint(kernel, everywhere)
+
+
+def _gather(kernel: Array, everywhere: NamedSharding, split: NamedSharding) -> tuple[Array, None]:
+    return _gathered(kernel, everywhere, split), None
+
+
+def _scatter(everywhere: NamedSharding, split: NamedSharding, _: None, g: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(g, split),)
+
+
+_gathered.defvjp(_gather, _scatter)
+
+
+def each_clip(function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function`, which treats every clip alone, of arrays [b, ...], run where the clips lie.
+
+    For kernels that the compiler does not partition: left alone, it has every device run them on
+    all clips. Where devices share a clip, the function sees the mesh and whole arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = (mesh_axes.DATA, mesh_axes.FSDP)
+    if any(kinds.get(axis) is not AxisType.Auto for axis in axes):
+        return function(*arrays)
+    groups = mesh_axes.clips(mesh)
+    if groups == 1 or mesh.shape[mesh_axes.FRAMES] > 1 or arrays[0].shape[0] % groups:
+        return function(*arrays)
+    spec = PartitionSpec(axes)
+    mapped = jax.shard_map(
+        function, in_specs=(spec,) * len(arrays), out_specs=spec, axis_names=set(mesh.axis_names),
+        check_vma=False,
+    )  # fmt: skip
+    return mapped(*arrays)
 
 
 def each_frame(function: Callable[[Array], Array], x: Array) -> Array:
