@@ -11,25 +11,29 @@ same device in the same process: eager, eager with checkpoints, and compiled. Pr
 milliseconds after warm-up, gigabytes (10^9) and seconds of compilation.
 
 With `--devices N` parameters, optimiser and average are split over N (`mesh.fsdp`), and the rows
-are a clip on one device, N clips on one, and N clips on N, compiled side by side: weak scaling is
-the first time over the third, strong scaling an N-th of the second over the third. `--profile` adds
-the slowest kernels of three steps, each with the operation that it was compiled from.
+are `--batch` clips on one device, N times as many on one, and as many on N: weak scaling is the
+first time over the third, strong scaling an N-th of the second over the third. A process a row
+compiles, all at once, and then they are timed in turn; a TPU is one process's and cannot be shared
+so. `--profile` adds the slowest kernels of three steps, each with the operation that it was
+compiled from.
 """
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import runpy
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent import futures
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Memory is taken as it is needed: the peers need theirs.
+# Memory is taken as it is needed, and all of it if need be: peers and other rows need theirs.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import gpu_kernels
 import jax
@@ -130,32 +134,20 @@ class Step:
     """The step as `v3d_jax.train` compiles it, and what it is called with."""
 
     def __init__(self, settings: Any, perceptual: Any = None):
-        mesh = meshes.make(settings.mesh)
-        optimizer, dtype = state.optimizer(settings.optim), jnp.dtype(settings.dtype)
-        abstract = jax.eval_shape(
+        self.mesh = mesh = meshes.make(settings.mesh)
+        self.optimizer, dtype = state.optimizer(settings.optim), jnp.dtype(settings.dtype)
+        self.held = settings.optim.params
+        self.params = jax.eval_shape(
             lambda key: parts.random(settings.model, dtype, key, settings.parts), jax.random.key(0)
         )
-        frozen = plan.abstract_frozen(settings)
-        placed = sharding.weights(abstract, mesh)
-        resting = sharding.weights(frozen, mesh)
-        params = random_weights.weights(abstract, sharding.put, placed)
-        create = jax.jit(
-            lambda params: state.create(params, optimizer, settings.optim.params),
-            out_shardings=sharding.weights(
-                jax.eval_shape(lambda p: state.create(p, optimizer, settings.optim.params), params),
-                mesh,
-            ),
-        )
-        self.state = create(params)
-        del params
-        self.frozen = random_weights.weights(frozen, sharding.put, resting)
+        self.frozen, self.networks = plan.abstract_frozen(settings), ()
         if perceptual is not None:
             networks = {
                 "vgg": random_lpips(VGG_WIDTHS, 13 * (3,)),
                 "alex": random_lpips(ALEX_WIDTHS, ALEX_SIDES),
             }
-            networks = tuple(networks[net] for net in perceptual.nets)
-            self.frozen = self.frozen._replace(lpips=networks)
+            self.networks = tuple(networks[net] for net in perceptual.nets)
+            self.frozen = self.frozen._replace(lpips=jax.eval_shape(lambda: self.networks))
         loss = video.make_loss(
             pipeline.Settings(settings.model, settings.sampling, activations=settings.dtype),
             settings.loss,
@@ -163,20 +155,37 @@ class Step:
             settings.condition,
             settings.parts,
         )
-        placements, frozen = (
-            jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (self.state, self.frozen)
+        abstract = jax.eval_shape(self.create, self.params)
+        self.placements = sharding.weights(abstract, mesh)
+        resting = sharding.weights(self.frozen, mesh)
+        step = state.sharded_step(
+            loss, self.optimizer, settings.optim, mesh, self.placements, resting
         )
-        step = state.sharded_step(loss, optimizer, settings.optim, mesh, placements, frozen)
-        everywhere = sharding.replicated(mesh)
         batch = random_weights.batch(plan.inputs(settings))
         self.others = (
             sharding.put_batch(batch, mesh),
-            jax.device_put(jax.random.key(1), everywhere),
+            jax.device_put(jax.random.key(1), sharding.replicated(mesh)),
             np.float32(settings.optim.lr),
         )
         begun = time.perf_counter()
-        self.program = step.lower(self.state, self.frozen, *self.others).compile()
+        self.program = step.lower(abstract, self.frozen, *self.others).compile()
         self.compilation = time.perf_counter() - begun
+
+    def create(self, params: Any) -> state.TrainState:
+        """The state that training begins with."""
+        return state.create(params, self.optimizer, self.held)
+
+    def fill(self) -> None:
+        """Draws the weights, which the compiler did not need."""
+        placed = sharding.weights(self.params, self.mesh)
+        params = random_weights.weights(self.params, sharding.put, placed)
+        self.state = jax.jit(self.create, out_shardings=self.placements)(params)
+        drawn = self.frozen._replace(lpips=None)
+        resting = sharding.weights(drawn, self.mesh)
+        self.frozen = random_weights.weights(drawn, sharding.put, resting)
+        if self.networks:
+            whole = jax.device_put(self.networks, sharding.weights(self.networks, self.mesh))
+            self.frozen = self.frozen._replace(lpips=whole)
 
     def __call__(self) -> Any:
         """One update; its metrics."""
@@ -198,6 +207,7 @@ def build(args: argparse.Namespace, remat: str, devices: int, clips: int) -> Ste
 
 def measure(step: Step, args: argparse.Namespace, remat: str, devices: int, clips: int) -> Measured:
     """Times a step and prints its row, and its kernels if they are asked for."""
+    step.fill()
     found = Measured(seconds(step), step.bytes, step.compilation)
     show(f"ours, remat {remat}", devices, clips, found)
     values = {name: float(value) for name, value in step().items()}
@@ -221,20 +231,41 @@ def show(name: str, devices: int, clips: int, found: Measured) -> None:
     )
 
 
+def row(pipe: Connection, args: argparse.Namespace, *layout: Any) -> None:
+    """A process of `scaling`: compiles, says so, and measures when it is told to."""
+    step = build(args, *layout)
+    pipe.send(step.compilation)
+    pipe.recv()
+    pipe.send(measure(step, args, *layout))
+
+
 def scaling(args: argparse.Namespace, remat: str, devices: int, clips: int) -> Measured:
-    """Times a clip on one device, N clips on one, and N on N; gives the first."""
-    # What needs the most memory comes first: others then find room where it was.
-    rows = ((1, devices * clips), (1, clips), (devices, devices * clips))
-    with futures.ThreadPoolExecutor(len(rows)) as pool:
-        steps = list(pool.map(lambda row: build(args, remat, *row), rows))
-    found = [
-        measure(steps.pop(0), args, remat, *row)  # its state is free before the next is timed
-        for row in rows
-    ]
-    alone, one, split = (measured.seconds for measured in found)
+    """Times clips on one device, N times as many on one, and as many on N; gives the first."""
+    processes = multiprocessing.get_context("spawn")
+    pipes, children = [], []
+    for layout in ((1, clips), (1, devices * clips), (devices, devices * clips)):
+        ours, theirs = processes.Pipe()
+        children.append(processes.Process(target=row, args=(theirs, args, remat, *layout)))
+        children[-1].start()
+        theirs.close()  # or the end of a process that failed would not be seen
+        pipes.append(ours)
+    found = []
+    try:
+        for pipe in pipes:
+            pipe.recv()
+        for pipe, child in zip(pipes, children, strict=True):
+            pipe.send(None)
+            found.append(pipe.recv())
+            child.join()  # its memory is free for the next
+    except EOFError:
+        raise SystemExit("a row of the scaling failed: its process says why above") from None
+    finally:
+        for child in children:
+            child.terminate()
+    one, alone, split = (measured.seconds for measured in found)
     weak, strong = one / split, alone / split / devices
     print(f"scaling on {devices} devices: weak {weak:.3f}, strong {strong:.3f}", flush=True)
-    return found[1]
+    return found[0]
 
 
 def peer(args: argparse.Namespace, mode: str) -> Measured:

@@ -80,3 +80,8 @@ def test_kernel_is_chosen_for_short_clips_on_one_gpu():
     assert not frame_attention.can_fuse((1, 64, 1024, 2, 32), "gpu", 1)
     assert not frame_attention.can_fuse((1, 18, 1023, 2, 32), "gpu", 1)
     assert not frame_attention.can_fuse((1, 18, 1024, 2, 40), "gpu", 1)
+
+
+def test_xla_attends_where_jax_has_no_triton_back_end(monkeypatch):
+    monkeypatch.setattr(frame_attention.util, "find_spec", lambda name: None)
+    assert not frame_attention.can_fuse((32, 18, 1024, 2, 32), "gpu", 1)

@@ -12,6 +12,7 @@ scores in registers; its gradient computes them again. `plain` is its twin, for 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from importlib import util
 from typing import Any
 
 import jax
@@ -54,7 +55,12 @@ def can_fuse(shape: tuple[int, ...], platform: str, devices: int) -> bool:
     """
     _, t, s, _, d = shape
     fits = t <= _MAX_FRAMES and s % _PIXELS == 0 and d in (16, 32, 64, 128)
-    return platform in target.GPUS and devices == 1 and fits
+    return platform in target.GPUS and devices == 1 and fits and _has_triton()
+
+
+def _has_triton() -> bool:
+    """Whether this JAX still has the back end, which is deprecated since 0.11."""
+    return util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def plain(q: Clips, k: Clips, v: Clips) -> Clips:
