@@ -49,10 +49,28 @@ def name_operations(
     times: list[tuple[str, float, float]], program: str
 ) -> list[tuple[str, float, float]]:
     """Puts before a kernel's name the last parts of the operation that its fusion came from."""
-    found = re.finditer(r'%([\w.\-]+) = [^\n]*?op_name="([^"]*)"', program)
-    operations = {re.sub(r"[.\-]", "_", match[1]): match[2] for match in found}
+    origins = operations(program)
     named = []
     for name, spent, count in times:
-        operation = operations.get(re.sub(r"[.\-]", "_", name))
-        named.append((name if operation is None else f"{operation[-38:]} {name}", spent, count))
+        origin = origins.get(_plain(name))
+        named.append((name if origin is None else f"{origin[-38:]} {name}", spent, count))
     return named
+
+
+def within(times: list[tuple[str, float, float]], program: str, scope: str) -> float:
+    """Milliseconds of the kernels whose operation lies in a `jax.named_scope`."""
+    origins = operations(program)
+    return sum(
+        spent for name, spent, _ in times if scope in origins.get(_plain(name), "").split("/")
+    )
+
+
+def operations(program: str) -> dict[str, str]:
+    """Of every instruction of a compiled program the operation that it came from."""
+    found = re.finditer(r'%([\w.\-]+) = [^\n]*?op_name="([^"]*)"', program)
+    return {_plain(match[1]): match[2] for match in found}
+
+
+def _plain(name: str) -> str:
+    """As the profiler writes the name of an instruction."""
+    return re.sub(r"[.\-]", "_", name)

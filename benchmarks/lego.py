@@ -6,11 +6,10 @@
 FOLDER holds transforms_train.json and its pictures with alpha. Prints one table row a fit: ours,
 and gsplat's two strategies where torch finds a GPU (`gsplat_peer`), from the same points and with
 the same losses, budget and number of view-steps. Scores are means over the views that were not
-fitted. Bars: our PSNR is at least gsplat's better one less 0.1 dB at 100,000 Gaussians; at
-800 x 800 it is at least 33 dB within 60 seconds on one H200. Measured there: 35.78 dB at 800 x 800
-(gsplat 35.21 by default, 35.01 with MCMC) and 35.85 at 400 x 400 (35.31 and 35.46). At 800 x 800
-the 7,000 steps take 32 seconds, 70 with compilation; `--steps 4000` ends at 34.08 dB after 48.6
-seconds, compilation included. JAX takes most of a GPU's memory for itself:
+fitted. Bars: our PSNR is at least that of gsplat's MCMC, in at most half of its time, which is
+view-steps divided by view-steps/s; at 800 x 800 it is at least 33 dB within 60 seconds on one H200,
+compilation included. Measured there at 800 x 800: 35.82 dB, 913 view-steps/s, 21.5 seconds; MCMC
+35.00 dB, 141 view-steps/s, 50.2 seconds. JAX takes most of a GPU's memory for itself:
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
 """
 

@@ -75,8 +75,10 @@ def main() -> None:
     )
     if options.profile:
         times = gpu_kernels.kernel_times(lambda: compiled(mesh, camera, lights), 3)
-        named = gpu_kernels.name_operations(times, compiled.as_text())
-        print(gpu_kernels.table("kernel", named))
+        program = compiled.as_text()
+        binning = gpu_kernels.within(times, program, "binning")
+        print(gpu_kernels.table("kernel", gpu_kernels.name_operations(times, program)))
+        print(f"binning: {binning:.3f} of {sum(spent for _, spent, _ in times):.3f} ms")
 
 
 if __name__ == "__main__":

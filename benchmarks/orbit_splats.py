@@ -7,7 +7,7 @@ pixels at elevation 0 are fitted by the V3D recipe (4,000 view-steps, L1, DSSIM 
 weights are installed) and 18 unseen ones are scored: azimuths half way between, at elevations +10
 and -10 degrees in turn. Prints one table row an object and program, then the means: ours, and
 gsplat's strategies where torch finds a GPU (`gsplat_peer`), with the same losses, budget and number
-of view-steps. Claim: ours takes at most 20 seconds on one H200, compilation not counted; that is
+of view-steps. Claim: ours takes at most 10 seconds on one H200, compilation not counted; that is
 view-steps divided by view-steps/s. JAX takes most of a GPU's memory for itself:
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
 """

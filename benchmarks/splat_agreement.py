@@ -2,8 +2,9 @@
 
 Scenes are those of `splat_raster.py`; a name is a kind and a number of views. Where alpha is at its
 cut of 1/255, a pixel at its stop, or two splats at one depth, rounding decides what is seen. Such
-pixels are found by drawing the scene again with all numbers of the Gaussians changed by a few units
-in the last place: those whose colour then moves by more than a tenth of the bound.
+pixels are found by drawing the scene again and again with all numbers of the Gaussians changed by a
+few units in the last place, and places by those of their distance from the camera, in which depths
+are rounded: those whose colour then moves by more than half of the bound.
 
 Bars: away from these, images are within 1e-4; gradients, all pixels included, are within 1e-3 of
 their norm. Prints one table row a scene, and the same beside XLA's path. Run
@@ -22,11 +23,12 @@ import splat_kernels
 import splat_raster
 from splat_kernels import Subject
 
+from v3d_jax.ops import camera
 from v3d_jax.splat import gaussians as splats
 from v3d_jax.splat.gaussians import Gaussians
 
 IMAGE, GRADIENT = 1e-4, 1e-3  # bars
-MOVED, DRAWN = 4 * 2.0**-24, 6  # relative; times that a scene is moved
+MOVED, DRAWN = 4 * 2.0**-24, 64  # relative; times that a scene is moved
 
 
 def images_and_slopes(subject: Subject, compositing: str) -> Any:
@@ -36,24 +38,29 @@ def images_and_slopes(subject: Subject, compositing: str) -> Any:
     return jax.jit(lambda *scene: (passes["forward"](*scene), passes["both"](*scene)))
 
 
-def moved(gaussians: Gaussians, key: jax.Array) -> Gaussians:
-    """All numbers changed by some units in the last place."""
+def moved(gaussians: Gaussians, key: jax.Array, distance: float) -> Gaussians:
+    """All numbers changed by some units in the last place, means by those of `distance`."""
     leaves, structure = jax.tree.flatten(gaussians)
-    keys = jax.random.split(key, len(leaves))
-    changed = [
-        leaf * (1 + MOVED * jax.random.uniform(k, leaf.shape, minval=-1.0))
-        for leaf, k in zip(leaves, keys, strict=True)
+    keys = jax.random.split(key, len(leaves) + 1)
+    noise = [
+        MOVED * jax.random.uniform(k, leaf.shape, minval=-1.0)
+        for k, leaf in zip(keys, leaves, strict=False)
     ]
-    return jax.tree.unflatten(structure, changed)
+    changed = [leaf * (1 + some) for leaf, some in zip(leaves, noise, strict=True)]
+    other: Gaussians = jax.tree.unflatten(structure, changed)
+    drift = MOVED * distance * jax.random.uniform(keys[-1], other.means.shape, minval=-1.0)
+    return other._replace(means=other.means + drift)
 
 
 def at_threshold(draw: Any, subject: Subject, image: np.ndarray) -> np.ndarray:
     """Pixels [i, h, w] that rounding decides."""
     found = np.zeros(image.shape[:3], bool)
+    lenses = subject.case.camera
+    distance = float(np.linalg.norm(camera.position(lenses), axis=-1).max())
     for number in range(DRAWN):
-        other = moved(subject.case.gaussians, jax.random.key(number))
-        again = np.asarray(draw(other, subject.case.camera)[0])
-        found |= np.abs(again - image).max(axis=-1) > IMAGE / 10
+        other = moved(subject.case.gaussians, jax.random.key(number), distance)
+        again = np.asarray(draw(other, lenses))
+        found |= np.abs(again - image).max(axis=-1) > IMAGE / 2
     return found
 
 
@@ -125,7 +132,12 @@ def main() -> None:
         scene = (subject.case.gaussians, subject.case.camera)
         draw = images_and_slopes(subject, options.compositing)
         image, slopes = jax.tree.map(np.asarray, draw(*scene))
-        edge = at_threshold(draw, subject, image)
+        only = jax.jit(
+            splat_raster.passes(
+                dataclasses.replace(subject.config, compositing=options.compositing)
+            )["forward"]
+        )
+        edge = at_threshold(only, subject, image)
         tell = functools.partial(row, name, image=image, edge=edge, slopes=slopes._asdict())
         plain, others = jax.tree.map(np.asarray, images_and_slopes(subject, "xla")(*scene))
         others = others._asdict()

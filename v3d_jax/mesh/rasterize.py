@@ -104,11 +104,12 @@ def rasterize(
     """
     blocks = _blocks(config)
     screen = _project(mesh, camera, config)
-    spans = _spans(screen, config)
-    runs = binning.expand(spans.count, config.slots)
-    pair = spans.rows.owner[runs.owner]
-    column = spans.first[runs.owner] + runs.rank
-    row = spans.row[runs.owner]
+    with jax.named_scope("binning"):
+        spans = _spans(screen, config)
+        runs = binning.expand(spans.count, config.slots)
+        pair = spans.rows.owner[runs.owner]
+        column = spans.first[runs.owner] + runs.rank
+        row = spans.row[runs.owner]
     num_faces = mesh.faces.shape[0]
     view, face = pair // num_faces, pair % num_faces
 
