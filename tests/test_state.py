@@ -1,6 +1,7 @@
 """The optimiser's schedule, the average of weights, and one step, against plain numpy."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from v3d_jax import state
+from v3d_jax.ops import target
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
 from v3d_jax.state import OptimConfig
@@ -163,6 +165,23 @@ def test_gradients_keep_their_share_and_parts_stay_on_their_devices():
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
     assert found[2]["kernel"].sharding.shard_shape((2, 3)) == (1, 3)
+
+
+def test_gradients_lie_as_parameters_do_on_gpus():
+    params = {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}
+
+    def loss(params, frozen, batch, key):
+        del frozen, key
+        return jnp.sum(batch * params["kernel"]) + jnp.sum(params["bias"]), {}
+
+    def trace():
+        one = functools.partial(state.gradients, loss)
+        return str(jax.make_jaxpr(one)(params, None, jnp.ones((3, 3, 4, 8)), jax.random.key(0)))
+
+    assert "layout_constraint" not in trace()
+    with target.traced_for("cuda"):
+        found = re.findall(r"layout_constraint\[\s*layout=.*?major_to_minor=\(([^)]*)\)", trace())
+    assert sorted(found) == ["0,", "0, 1, 2, 3"]  # every axis where it is
 
 
 def test_stochastic_rounding_keeps_the_mean():

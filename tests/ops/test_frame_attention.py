@@ -1,8 +1,11 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas
 
 from v3d_jax.nn import layers
 from v3d_jax.ops import attention, frame_attention, target
@@ -83,5 +86,6 @@ def test_kernel_is_chosen_for_short_clips_on_one_gpu():
 
 
 def test_xla_attends_where_jax_has_no_triton_back_end(monkeypatch):
-    monkeypatch.setattr(frame_attention.util, "find_spec", lambda name: None)
+    monkeypatch.delattr(pallas, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     assert not frame_attention.can_fuse((32, 18, 1024, 2, 32), "gpu", 1)

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from v3d_jax import errors
 
-# A shard without groups: every record can be read alone.
-OPTIONS = "group_size:1"
+# A shard without groups: every record can be read alone. PNG is not compressed again.
+OPTIONS = "group_size:1,uncompressed"
 
 
 class Stored(NamedTuple):

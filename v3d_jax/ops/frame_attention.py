@@ -12,7 +12,6 @@ scores in registers; its gradient computes them again. `plain` is its twin, for 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from importlib import util
 from typing import Any
 
 import jax
@@ -60,7 +59,11 @@ def can_fuse(shape: tuple[int, ...], platform: str, devices: int) -> bool:
 
 def _has_triton() -> bool:
     """Whether this JAX still has the back end, which is deprecated since 0.11."""
-    return util.find_spec("jax.experimental.pallas.triton") is not None
+    try:
+        from jax.experimental.pallas import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def plain(q: Clips, k: Clips, v: Clips) -> Clips:
