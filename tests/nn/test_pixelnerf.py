@@ -205,23 +205,6 @@ def test_a_padded_view_changes_nothing_of_any_clip_to_the_bit():
     assert np.abs(difference[0]).max() > 1e-3
 
 
-def test_moments_are_numpys_over_the_views_that_see():
-    values = fixtures.draw(0, (1, 4, 5, 3))
-    seen = np.arange(4)[None, :, None] < np.arange(5)
-    moments = fixtures.jit(pixelnerf.moments)
-    mean, deviation = moments(jnp.asarray(values), jnp.asarray(seen))
-    assert not np.any(mean[0, 0])
-    assert not np.any(deviation[0, :2])
-    for i in range(1, 5):
-        np.testing.assert_allclose(mean[0, i], values[0, :i, i].mean(axis=0), atol=1e-6)
-    for i in range(2, 5):
-        want = values[0, :i, i].std(axis=0, ddof=1)
-        np.testing.assert_allclose(deviation[0, i], want, atol=1e-6)
-    # Views that agree have no deviation, and a gradient nevertheless.
-    slope = fixtures.jit(jax.grad(lambda x: jnp.sum(pixelnerf.moments(x, jnp.asarray(seen))[1])))
-    assert np.isfinite(slope(jnp.ones((1, 4, 5, 3)))).all()
-
-
 def test_parts_of_any_size_give_the_same():
     """60 rays a clip: in parts of 11, which do not divide them, and in one part."""
     _, params, _ = model(CUBE)

@@ -29,7 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from v3d_jax.nn import layers, resunet
-from v3d_jax.ops import image, rays
+from v3d_jax.ops import image, rays, view_moments
 from v3d_jax.ops.camera import Camera
 from v3d_jax.parallel import sharding
 
@@ -158,15 +158,16 @@ class PixelNeRF(nnx.Module):
         target = rays.pixel_rays(targets, size)
         parts = _parts((*target, *self._span(target)), config.rays_at_once)
         graphdef, params = nnx.split(self.renderer)
+        wide = source.maps.astype(jnp.float32)
 
-        def render_part(params, source, key, part, index):
+        def render_part(params, source, wide, key, part, index):
             key = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graphdef, params)(_sample(config, source, part, key))
+            return nnx.merge(graphdef, params)(_sample(config, source, wide, part, key))
 
         # Within a loop nothing needs to keep the compiler from merging the two computations.
         render_part = jax.checkpoint(render_part, prevent_cse=False)
         found = jax.lax.map(
-            lambda xs: render_part(params, source, key, *xs),
+            lambda xs: render_part(params, source, wide, key, *xs),
             (parts, jnp.arange(parts[0].shape[0])),
         )
         features, rgb = (_whole(x, (clips, frames, *size)) for x in found)
@@ -185,9 +186,13 @@ Part = tuple[Float[Array, "b n 3"], Float[Array, "b n 3"], Float[Array, "b n"], 
 
 
 def _sample(
-    config: PixelNeRFConfig, source: Source, part: Part, key: jax.Array | None
+    config: PixelNeRFConfig,
+    source: Source,
+    wide: Float[Array, "b v i j c"],
+    part: Part,
+    key: jax.Array | None,
 ) -> Float[Array, "b n s k"]:
-    """What is known of every sample of some rays."""
+    """What is known of every sample of some rays; `wide` takes the gradient of the maps."""
     origins, directions, enter, leave = part
     jitter = None
     if key is not None:
@@ -197,8 +202,7 @@ def _sample(
     points = origins[:, :, None] + distances[..., None] * directions[:, :, None]
     # Devices that share a clip divide a part's rays as they do frames elsewhere.
     points = sharding.pin_clips(points[:, :, None])[:, :, 0]
-    values, seen = look_up(source, points)
-    mean, deviation = moments(values, seen)
+    mean, deviation = look_up(source, wide, points)
     known = [mean]
     if config.deviation:
         known.append(deviation)
@@ -208,9 +212,9 @@ def _sample(
 
 
 def look_up(
-    source: Source, points: Float[Array, "b n s 3"]
-) -> tuple[Float[Array, "b v n s c"], Bool[Array, "b v n s"]]:
-    """The views' features at points, and which views see them; others' features mean nothing."""
+    source: Source, wide: Float[Array, "b v i j c"], points: Float[Array, "b n s 3"]
+) -> view_moments.Moments:
+    """Mean and deviation of the features at points over the views that see them, [b n s c]."""
     maps, cameras, valid = source
     b, n, s, _ = points.shape
     pixels, seen = jax.vmap(rays.project)(cameras, points.reshape(b, n * s, 3))
@@ -218,25 +222,9 @@ def look_up(
     size = jnp.stack([cameras.width, cameras.height], axis=-1).astype(jnp.float32)
     scale = jnp.asarray([[maps.shape[3:1:-1]]], jnp.float32) / jnp.maximum(size, 1.0)
     pixels = jnp.where(seen[..., None], pixels * scale[:, :, None], 0.0)
-    values = jax.vmap(jax.vmap(rays.bilinear))(maps, pixels)
-    return values.reshape(*values.shape[:2], n, s, -1), seen.reshape(*seen.shape[:2], n, s)
-
-
-def moments(
-    values: Float[Array, "b v *n c"], seen: Bool[Array, "b v *n"]
-) -> tuple[Float[Array, "b *n c"], Float[Array, "b *n c"]]:
-    """Mean and unbiased standard deviation over the views that see a point, in float32.
-
-    The mean is 0 where no view sees it, the deviation where fewer than two do.
-    """
-    values = jnp.where(seen[..., None], values.astype(jnp.float32), 0.0)
-    count = jnp.sum(seen, axis=1, dtype=jnp.float32)[..., None]
-    mean = jnp.sum(values, axis=1) / jnp.maximum(count, 1.0)
-    off = jnp.where(seen[..., None], values - mean[:, None], 0.0)
-    variance = jnp.sum(jnp.square(off), axis=1) / jnp.maximum(count - 1.0, 1.0)
-    # The root's slope at 0 is infinite.
-    spread = variance > 0.0
-    return mean, jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
+    # Rays and samples apart, or devices that divide the rays could not divide what follows.
+    pixels, seen = (x.reshape(*x.shape[:2], n, s, *x.shape[3:]) for x in (pixels, seen))
+    return view_moments.moments(maps, wide, pixels, seen)
 
 
 def sinusoids(points: Float[Array, "*n 3"]) -> Float[Array, "*n k"]:

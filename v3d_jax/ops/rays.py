@@ -147,21 +147,33 @@ def bilinear(image: Float[Array, "h w *c"], pixels: Float[Array, "*n 2"]) -> Flo
     Beyond the outermost centres their values hold. Interpolates in float32 and returns the dtype of
     `image`.
     """
-    height, width = image.shape[:2]
+    cells, weights = corners(image.shape[:2], pixels)
+    table = image.reshape(-1, *image.shape[2:])
+    channels = (1,) * (image.ndim - 2)
+    taps = [table.at[cell].get(mode="promise_in_bounds").astype(jnp.float32) for cell in cells]
+    found = sum(
+        weight.reshape(*weight.shape, *channels) * tap
+        for weight, tap in zip(weights, taps, strict=True)
+    )
+    return found.astype(image.dtype)
+
+
+def corners(
+    size: tuple[int, int], pixels: Float[Array, "*n 2"]
+) -> tuple[list[Int[Array, "*n"]], list[Float[Array, "*n"]]]:
+    """The four cells around positions (x, y) in a picture (height, width), and their weights.
+
+    Cells are counted row by row; their centres are at half-integers, and beyond the outermost the
+    nearest ones count alone.
+    """
+    height, width = size
     x, y = (
         jnp.clip(pixels[..., axis] - 0.5, 0.0, length - 1.0)
         for axis, length in ((0, width), (1, height))
     )
     left, top = jnp.floor(x).astype(jnp.int32), jnp.floor(y).astype(jnp.int32)
     right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
-    shape = (*x.shape, *(1,) * (image.ndim - 2))
-    x, y = (x - left).reshape(shape), (y - top).reshape(shape)
-    table = image.reshape(-1, *image.shape[2:])
-
-    def tap(row: Array, column: Array) -> Float[Array, "..."]:
-        found = table.at[row * width + column].get(mode="promise_in_bounds")
-        return found.astype(jnp.float32)
-
-    above = (1.0 - x) * tap(top, left) + x * tap(top, right)
-    below = (1.0 - x) * tap(bottom, left) + x * tap(bottom, right)
-    return ((1.0 - y) * above + y * below).astype(image.dtype)
+    x, y = x - left, y - top
+    cells = [row * width + column for row in (top, bottom) for column in (left, right)]
+    weights = [down * across for down in (1.0 - y, y) for across in (1.0 - x, x)]
+    return cells, weights
