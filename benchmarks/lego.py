@@ -6,11 +6,13 @@
 FOLDER holds transforms_train.json and its pictures with alpha. Prints one table row a fit: ours,
 and gsplat's two strategies where torch finds a GPU (`gsplat_peer`), from the same points and with
 the same losses, budget and number of view-steps. Scores are means over the views that were not
-fitted. Bars: our PSNR is at least that of gsplat's MCMC, in at most half of its time, which is
-view-steps divided by view-steps/s; at 800 x 800 it is at least 33 dB within 60 seconds on one H200,
-compilation included. Measured there at 800 x 800: 35.82 dB, 913 view-steps/s, 21.5 seconds; MCMC
-35.00 dB, 141 view-steps/s, 50.2 seconds. JAX takes most of a GPU's memory for itself:
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
+fitted. Bars: our PSNR is at least gsplat's better one less 0.1 dB at 100,000 Gaussians, and
+at least that of its MCMC in at most half of its time, which is view-steps divided by view-steps/s;
+at 800 x 800 it is at least 33 dB within 60 seconds on one H200, compilation included. Measured
+there at 800 x 800: 35.82 dB, 913 view-steps/s, 21.5 seconds, beside MCMC's 35.00 dB, 141 and
+50.2; before, with compositing in XLA, 35.78 dB (gsplat 35.21 by default, 35.01 with MCMC), 35.85 at
+400 x 400 (35.31 and 35.46), and with `--steps 4000` 34.08 dB. JAX takes most of a GPU's memory
+for itself: XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves some to torch.
 """
 
 from dataclasses import dataclass, replace

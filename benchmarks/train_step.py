@@ -257,7 +257,7 @@ def scaling(args: argparse.Namespace, remat: str, devices: int, clips: int) -> M
             pipe.send(None)
             found.append(pipe.recv())
             child.join()  # its memory is free for the next
-    except EOFError:
+    except (EOFError, OSError):
         raise SystemExit("a row of the scaling failed: its process says why above") from None
     finally:
         for child in children:

@@ -6,7 +6,7 @@ import pytest
 import tiny_generator
 from flax import nnx
 
-from v3d_jax.nn import generator
+from v3d_jax.nn import generator, layers
 
 # Bytes that int8 weights of the packaged model may take, scales aside.
 MINI_LIMIT = 23_000_000
@@ -79,3 +79,12 @@ def test_parts_that_do_not_fit_are_errors(part, change, name):
 def test_frames_must_divide():
     with pytest.raises(ValueError, match="do not divide by 32"):
         dataclasses.replace(generator.MINI, image_size=(256, 240))
+
+
+@pytest.mark.parametrize("config", [generator.SCENE_MINI, generator.SCENE_512])
+def test_every_layer_gathers_its_kernel(config):
+    """Where weights are split over devices; a layer made otherwise leaves that to the compiler."""
+    kinds = (nnx.Linear, nnx.Conv)
+    found = [m for _, m in nnx.iter_modules(generator.abstract(config)) if isinstance(m, kinds)]
+    assert len(found) > 100
+    assert all(module.promote_dtype is layers.promote_dtype for module in found)

@@ -221,10 +221,15 @@ def test_the_command_plans_for_machines_that_are_not_here(topology_name):
 # One clip a chip, and decimal GB of it, as in the table of docs/training.md.
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize(
-    ("topology_name", "clips", "gigabytes"),
-    [("v5e-256", 256, 7.5), ("v6e-64", 64, 8.9), ("v5p-128", 64, 9.0), ("h200-64", 64, 9.0)],
+    ("topology_name", "clips", "gigabytes", "gathers"),
+    [
+        ("v5e-256", 256, 7.5, True),
+        ("v6e-64", 64, 8.9, True),
+        ("v5p-128", 64, 9.0, False),
+        ("h200-64", 64, 9.0, False),
+    ],
 )
-def test_the_published_size_fits(topology_name, clips, gigabytes):
+def test_the_published_size_fits(topology_name, clips, gigabytes, gathers):
     """Six to eight minutes on two cores and up to 12 gigabytes of memory."""
     if util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install '.[tpu-aot]'")
@@ -244,5 +249,6 @@ def test_the_published_size_fits(topology_name, clips, gigabytes):
     assert float(numbers["sum"]) == pytest.approx(gigabytes, rel=0.1)
     done = float(re.search(r"chip and step: ([\d.]+) TFLOP", result.stdout)[1])
     assert done == pytest.approx(89.2, rel=0.01)
+    assert ("all-gather: " in result.stdout) == gathers
     assert "all-reduce: " in result.stdout
     assert result.stdout.endswith("fits\n")

@@ -127,8 +127,8 @@ class TemporalConv(nnx.Module):
         kernel = sharding.whole(self.kernel[...].astype(self.dtype))
         x = x.astype(self.dtype).reshape(b, t, h * w, c)
         if t == 1:
-            # Two taps see padding alone. As a convolution XLA makes one with kernels of h w pixels
-            # of the gradient, for which cuDNN is slow.
+            # Two taps see padding alone. Of the convolution XLA makes, on a GPU, the gradient of
+            # one whose kernels have h w pixels.
             y = jnp.einsum("btsi,io->btso", x, kernel[1])
         else:
             y = jax.lax.conv_general_dilated(

@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from v3d_jax.nn import layers
+
 Clips = Float[Array, "b v h w c"]
 Valid = Bool[Array, "b v"]
 
@@ -79,6 +81,7 @@ class ConvNorm(nnx.Module):
             use_bias=bias,
             kernel_init=nnx.initializers.he_normal(),
             dtype=dtype,
+            promote_dtype=layers.promote_dtype,
             rngs=rngs,
         )
         self.norm = BatchNorm(outputs, eps=eps)
@@ -129,7 +132,14 @@ class ResUNet(nnx.Module):
         steps = list(zip(widths[1:], widths[:-1], strict=True))
         self.up = nnx.List([ConvNorm(i, o, bias=True, **settings) for i, o in steps])
         self.merge = nnx.List([ConvNorm(2 * o, o, bias=True, **settings) for _, o in steps])
-        self.conv_out = nnx.Conv(config.channels, config.channels, (1, 1), dtype=dtype, rngs=rngs)
+        self.conv_out = nnx.Conv(
+            config.channels,
+            config.channels,
+            (1, 1),
+            dtype=dtype,
+            promote_dtype=layers.promote_dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self, images: Float[Array, "b v h w 3"], valid: Valid | None = None

@@ -14,6 +14,7 @@ Measured on one H200 in bfloat16: 4096 tokens, 5 heads of 64: cudnn 2.1 ms, xla 
 xla 0.6 ms, cudnn 1.1 ms.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -109,20 +110,13 @@ def _tpu_flash_sharded(
     q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
 ) -> Float[Array, "b n h d"]:
     """Runs the kernel on each device's sequences where a mesh is in context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != jax.sharding.AxisType.Manual
-    )
-    devices = 1
-    for name in free:
-        devices *= mesh.shape[name]
+    free = target.free_axes()
+    devices = math.prod(free.values())
     if devices == 1:
         return _tpu_flash(q, k, v)
     if q.shape[0] % devices:
         return _chunked(q, k, v)
-    spec = PartitionSpec(free)
+    spec = PartitionSpec(tuple(free))
     mapped = jax.shard_map(
         _tpu_flash, in_specs=(spec, spec, spec), out_specs=spec, axis_names=set(free),
         check_vma=False,

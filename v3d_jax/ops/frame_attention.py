@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from v3d_jax.ops import target
@@ -34,16 +33,10 @@ def attention(q: Clips, k: Clips, v: Clips) -> Clips:
 
     The implementation is chosen by shape and platform (`v3d_jax.ops.target`) at trace time.
     """
-    if can_fuse(q.shape, target.platform(), _shared_by()):
+    devices = math.prod(target.free_axes().values())
+    if can_fuse(q.shape, target.platform(), devices):
         return fused(q, k, v)
     return plain(q, k, v)
-
-
-def _shared_by() -> int:
-    """Devices of the mesh in context that arrays here may be split over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return math.prod(mesh.shape[name] for name, kind in kinds if kind is not AxisType.Manual)
 
 
 def can_fuse(shape: tuple[int, ...], platform: str, devices: int) -> bool:

@@ -9,6 +9,7 @@ import contextvars
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import AxisType
 
 GPUS = ("gpu", "cuda")  # what JAX calls them: a backend, and what a program is lowered for
 
@@ -18,6 +19,13 @@ _named: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", 
 def platform() -> str:
     """Such as "cpu", "gpu" or "tpu"; starts the default backend only where none is named."""
     return _named.get() or jax.default_backend()
+
+
+def free_axes() -> dict[str, int]:
+    """Axes of the mesh in context over which the compiler may split arrays, and their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind is not AxisType.Manual}
 
 
 @contextlib.contextmanager

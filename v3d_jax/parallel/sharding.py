@@ -97,6 +97,13 @@ def pin_clips(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def _automatic(*axes: str) -> AbstractMesh | None:
+    """The mesh in context, if it has these axes and leaves splits along them to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh if all(kinds.get(axis) is AxisType.Auto for axis in axes) else None
+
+
 def whole(kernel: Array) -> Array:
     """A weight as a layer uses it: gathered from where the rule splits it; its gradient is split.
 
@@ -105,9 +112,8 @@ def whole(kernel: Array) -> Array:
     V3D's UNet it moved three times the bytes of the weights so. Where `on_mesh` is not, or weights
     are not split, this is the weight itself.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds.get(mesh_axes.FSDP) is not AxisType.Auto:
+    mesh = _automatic(mesh_axes.FSDP)
+    if mesh is None:
         return kernel
     split = rule(kernel.shape, mesh.shape[mesh_axes.FSDP])
     if split == PartitionSpec():
@@ -139,10 +145,9 @@ def each_clip(function: Callable[..., Array], *arrays: Array) -> Array:
     For kernels that the compiler does not partition: left alone, it has every device run them on
     all clips. Where devices share a clip, the function sees the mesh and whole arrays.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     axes = (mesh_axes.DATA, mesh_axes.FSDP)
-    if any(kinds.get(axis) is not AxisType.Auto for axis in axes):
+    mesh = _automatic(*axes)
+    if mesh is None:
         return function(*arrays)
     groups = mesh_axes.clips(mesh)
     if groups == 1 or mesh.shape[mesh_axes.FRAMES] > 1 or arrays[0].shape[0] % groups:
@@ -161,9 +166,8 @@ def each_frame(function: Callable[[Array], Array], x: Array) -> Array:
     Such a function makes one axis of clips and frames, whose split the compiler cannot name: left
     alone, it has every device compute all frames of its clips.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds.get(mesh_axes.FRAMES) is not AxisType.Auto:
+    mesh = _automatic(mesh_axes.FRAMES)
+    if mesh is None:
         return function(x)
     parts = mesh.shape[mesh_axes.FRAMES]
     if parts == 1 or x.shape[1] % parts:
