@@ -34,6 +34,7 @@ setup(
         "flax>=0.12.8",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8,<1.0",
+        "tensorstore>=0.1.80",
         "grain>=0.2.16",
         "array_record>=0.8",
         "tensorflow-datasets>=4.9.9",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tensorstore
 from orbax.checkpoint import v1
 
 from v3d_jax import errors
@@ -35,9 +36,10 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         policies = v1.training
+        # A relative path fails in Orbax only once the writing thread runs.
+        self._folder = Path(folder).resolve()
         self._checkpointer = v1.training.Checkpointer(
-            # A relative path fails in Orbax only once the writing thread runs.
-            Path(folder).resolve(),
+            self._folder,
             context=_context(),
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.preservation_policies.LatestN(keep),
@@ -99,18 +101,20 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # tensorstore makes a ValueError of a full disk
-            where = self._checkpointer.directory
             raise errors.UserError(
-                f"cannot write a checkpoint to {where} ({_line(error)}); make room and call again: "
-                f"the run goes on from checkpoint {self.latest}"
+                f"cannot write a checkpoint to {self._folder} ({_line(error)}); "
+                f"make room and call again: the run goes on from checkpoint {self.latest}"
             ) from error
 
     def _load(self, parts: dict[str, Any], step: int | None) -> dict[str, Any]:
         step = self.latest if step is None else step
         if step not in [known.step for known in self._checkpointer.checkpoints]:
-            where = self._checkpointer.directory
-            raise errors.UserError(f"{where} holds no checkpoint{f' {step}' if step else ''}")
+            which = f" {step}" if step else ""
+            raise errors.UserError(f"{self._folder} holds no checkpoint{which}")
         try:
+            for name, abstract in parts.items():
+                if abstract is not None:
+                    _check_files(self._folder / str(step) / name)
             stored = self._checkpointer.checkpointables_metadata(step).metadata
             for name, abstract in parts.items():
                 if abstract is not None:
@@ -125,8 +129,8 @@ class Checkpoints:
         known = sorted(other.step for other in self._checkpointer.checkpoints)
         before = [other for other in known if other < step]
         then = f"go on from checkpoint {before[-1]}" if before else "start anew"
-        folder = Path(str(self._checkpointer.directory)) / str(step)
-        return f"checkpoint {step} cannot be read ({_line(error)}): remove {folder} to {then}"
+        where = self._folder / str(step)
+        return f"checkpoint {step} cannot be read ({_line(error)}): remove {where} to {then}"
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
@@ -148,6 +152,33 @@ def _context() -> v1.Context:
     context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     return context
+
+
+def _check_files(part: Path) -> None:
+    """Raises `ValueError` if a file is shorter than the index of `part` says; reads no arrays.
+
+    Orbax reads all arrays at once. Where one of them fails Python reports all those beside it,
+    pages of text, whenever it collects what was left of them.
+    """
+    store = tensorstore.KvStore.open(f"{part.as_uri()}/").result()
+    index = tensorstore.ocdbt.dump(store).result()
+    nodes = [index["versions"][-1]["root"]["location"]]
+    while nodes:
+        node = nodes.pop()
+        _check_reference(part, node)
+        for entry in tensorstore.ocdbt.dump(store, node).result()["entries"]:
+            if "location" in entry:
+                nodes.append(entry["location"])
+            elif "indirect_value" in entry:
+                _check_reference(part, entry["indirect_value"])
+
+
+def _check_reference(part: Path, reference: str) -> None:
+    _, base, name, offset, length = reference.split(":")
+    file, wanted = f"{base}{name}", int(offset) + int(length)
+    size = (part / file).stat().st_size
+    if size < wanted:
+        raise ValueError(f"{part.name}/{file} has {size} bytes, not the {wanted} of its index")
 
 
 def _check(where: str, stored: Any, wanted: Any) -> None:
