@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v3d_jax import state
+from v3d_jax import errors, state
 from v3d_jax.ops import target
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
@@ -77,6 +77,25 @@ def test_only_matrices_are_decayed():
     after, _ = state.train_step(flat_loss, optimizer, 0.5, begun, None, 0.0, key, rate)
     np.testing.assert_allclose(after.params["kernel"], 0.5 * (1 - 0.1 * 0.5), rtol=1e-6)
     np.testing.assert_array_equal(after.params["bias"], PARAMS["bias"])
+
+
+def test_chosen_weights_learn_at_several_times_the_rate():
+    """Of the patterns that match a weight the first counts; decay is part of the update."""
+    params = {"new": {"kernel": jnp.full((2, 2), 0.5), "bias": jnp.ones(2)}, "old": jnp.ones(3)}
+    grads = jax.tree.map(lambda x: 0.1 * jnp.arange(1.0, x.size + 1.0).reshape(x.shape), params)
+
+    def updates(**options):
+        optimizer = state.optimizer(OptimConfig(**options))
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    plain = updates()
+    found = updates(faster=(("new.k*", 4.0), ("new.*", 2.0)))
+    np.testing.assert_allclose(found["new"]["kernel"], 4.0 * plain["new"]["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(found["new"]["bias"], 2.0 * plain["new"]["bias"], rtol=1e-6)
+    np.testing.assert_array_equal(found["old"], plain["old"])
+    refused = r"^--optim.faster newer.\* names no weight; they are called as new.bias$"
+    with pytest.raises(errors.UserError, match=refused):
+        updates(faster=(("newer.*", 4.0),))
 
 
 def test_a_step_is_adamw_on_the_clipped_gradient():

@@ -6,6 +6,7 @@ They are float32, or matrices and kernels bfloat16 (`OptimConfig.params`), which
 down at random so that updates far below a digit add up; moments and average stay float32.
 """
 
+import fnmatch
 import functools
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from jax.experimental import layout
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from v3d_jax import errors
 from v3d_jax.ops import compiling, target
 from v3d_jax.parallel import sharding
 
@@ -33,10 +35,12 @@ class OptimConfig:
 
     The rate rises linearly over `warmup` steps, stays at `lr`, and from `decay_start` (a fraction
     of all steps) falls to `final_lr` x `lr` at the last step: 0 with "cosine" is the usual cosine,
-    0.8 with "linear" is warm-up, stable, decay.
+    0.8 with "linear" is warm-up, stable, decay. `faster` are shell patterns of weights' dotted
+    paths and what their rate is multiplied by: new weights beside trained ones learn faster.
     """
 
     lr: float = 1e-4
+    faster: tuple[tuple[str, float], ...] = ()
     warmup: int = 500
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     decay_start: float = 0.0
@@ -87,7 +91,12 @@ def learning_rate(config: OptimConfig, steps: int) -> Callable[[int], float]:
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW at a rate of 1; biases, norms, scalars do not decay."""
+    """Clipping by global norm, then AdamW at a rate of 1; biases, norms, scalars do not decay.
+
+    Raises `UserError` as it begins if a pattern of `config.faster` matches no weight.
+    """
+    # Where none is faster, the state is as deep as it was: checkpoints of such runs stay readable.
+    then = (_faster(config.faster),) if config.faster else ()
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
@@ -98,7 +107,36 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
         ),
+        *then,
     )
+
+
+def _faster(factors: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    """Multiplies the updates of the weights whose dotted paths match; the first match counts."""
+
+    def name(path: Any) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator=".")
+
+    def init(params: Params) -> optax.EmptyState:
+        names = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for pattern, _ in factors:
+            if not fnmatch.filter(names, pattern):
+                raise errors.UserError(
+                    f"--optim.faster {pattern} names no weight; they are called as {names[0]}"
+                )
+        return optax.EmptyState()
+
+    def scaled(path: Any, update: Array) -> Array:
+        for pattern, factor in factors:
+            if fnmatch.fnmatchcase(name(path), pattern):
+                return factor * update
+        return update
+
+    def update(updates: Params, state: optax.EmptyState, params: Params | None = None) -> Any:
+        del params
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def ema_decay(decay: float, count: Int[Array, ""]) -> Float[Array, ""]:
