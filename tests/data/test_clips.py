@@ -4,7 +4,7 @@ import ball_scene
 import numpy as np
 import pytest
 
-from v3d_jax.data import clips
+from v3d_jax.data import clips, paths
 from v3d_jax.ops import camera
 
 CONFIG = clips.ClipConfig(num_frames=4, size=32, min_sources=2, max_sources=3)
@@ -51,13 +51,14 @@ def test_frames_differ_where_the_camera_stands_still_or_leaps():
     np.testing.assert_array_equal(clips.choose(line(np.zeros(5)), arc(5)), np.arange(5))
 
 
-def test_scale_puts_the_farthest_camera_at_its_radius_and_moves_no_pixel():
+def test_scale_puts_what_is_looked_at_a_radius_ahead_and_moves_no_pixel():
     shot = ball_scene.Shots(None, None, some_poses(), None)
     old, points = ball_scene.in_world(shot, ball_scene.moved_world())
     new, scale, centre = clips.normalise(old)
     places = np.stack([np.linalg.inv(pose)[:3, 3] for pose in new])
     np.testing.assert_allclose(places.mean(axis=0), 0.0, atol=1e-9)
-    np.testing.assert_allclose(np.linalg.norm(places, axis=-1).max(), clips.RADIUS)
+    looked_at = paths.common_point(new)
+    np.testing.assert_allclose(new[0, 2, :3] @ looked_at + new[0, 2, 3], clips.RADIUS)
     intrinsics = ball_scene.INTRINSICS[ball_scene.LANDSCAPE]
     for one, other in zip(old, new, strict=True):
         moved = scale * (points - centre)
@@ -67,6 +68,20 @@ def test_scale_puts_the_farthest_camera_at_its_radius_and_moves_no_pixel():
         np.testing.assert_allclose(
             ball_scene.projected(other, intrinsics, moved), before, rtol=1e-5
         )
+
+
+def test_scale_of_paths_whose_cameras_look_at_nothing_near():
+    first = paths.look_at(np.asarray([2.0, 1.0, 1.5]), np.zeros(3))
+    parallel = paths.dolly(first, np.asarray([0.5, -0.2, 0.1]), 5)
+    found, _, _ = clips.normalise(parallel)
+    assert paths.width(found) == pytest.approx(0.5 * clips.RADIUS)
+    # Axes that meet just ahead of the first camera, of which the others are far behind.
+    target = np.asarray([0.01, 1.0, 0.0])
+    places = [np.asarray([-x, 1.0 + x, 0.0]) for x in (0.0, 1.0, 2.0)]
+    meeting = np.stack([paths.look_at(place, target) for place in places])
+    assert paths.depth(meeting, 0) < 0.1
+    found, _, _ = clips.normalise(meeting)
+    assert paths.width(found) == pytest.approx(2.0 * clips.RADIUS)
 
 
 def some_poses(count=5):

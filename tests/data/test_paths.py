@@ -70,6 +70,15 @@ def test_the_point_that_cameras_look_at():
     assert paths.common_point(np.stack([back, other])) is None  # behind both
 
 
+def test_how_far_away_is_what_cameras_look_at():
+    for number, pose in enumerate(PATHS["orbit"]):
+        ahead = pose[2, :3] @ PIVOT + pose[2, 3]
+        assert paths.depth(PATHS["orbit"], number) == pytest.approx(ahead)
+    apart = float(np.linalg.norm([0.5, -0.2, 0.1]))
+    assert paths.width(PATHS["dolly"]) == pytest.approx(apart)
+    assert paths.depth(PATHS["dolly"], 3) == pytest.approx(2.0 * apart)
+
+
 def test_what_cameras_see_of_each_others_views():
     facing = paths.orbit(FIRST, PIVOT, UP, 180.0, 2)[1]
     away = paths.orbit(FIRST, paths.centres(FIRST[None])[0], UP, 180.0, 2)[1]

@@ -54,7 +54,7 @@ def test_a_camera_in_the_plane_and_rays_away_from_it_are_no_trouble():
 def test_a_painted_plane_is_warped_exactly():
     """A wall through what the cameras look at, whose colours are linear in the source's picture."""
     poses = arc(frames=3, degrees=20.0)
-    source, plane = poses[0], warps.depth(poses, 0)
+    source, plane = poses[0], paths.depth(poses, 0)
     assert plane == pytest.approx(np.hypot(2.0, 0.3))
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     painted = np.stack([4.0 * x, 4.0 * y, 2.0 * x + 2.0 * y], axis=-1).astype(np.uint8)
@@ -86,7 +86,7 @@ def test_pixels_that_the_nearest_view_lacks_are_another_views_or_the_edges():
     """Two pictures side by side: what the left one does not have, the right one has."""
     poses = np.tile(np.eye(4), (3, 1, 1))
     poses[:, 0, 3] = [0.0, -0.4, -1.0]  # to the right; parallel axes put the plane at 2
-    assert warps.depth(poses, 0) == 2.0
+    assert paths.depth(poses, 0) == 2.0
     images = np.zeros((3, SIZE, SIZE, 3), np.uint8)
     images[0], images[2] = 10, 20
     (found,) = warps.plane_warp(sequence(poses, (0, 2), images))

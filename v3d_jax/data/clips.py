@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32, UInt8
 from PIL import Image
 
-from v3d_jax.data import poses
+from v3d_jax.data import paths, poses
 from v3d_jax.errors import UserError
 from v3d_jax.ops import camera
 
-RADIUS = 1.5  # of the farthest camera, as V3D's `scale_pose`
+RADIUS = 1.5  # of an orbit about what it looks at, as V3D's `scale_pose` makes it
 
 # skip(name, reason) is told of everything that is left out: `skips.Skips.add`, or any function.
 Skip = Callable[[str, str], None]
@@ -53,8 +53,8 @@ class ClipConfig:
 class Clip(NamedTuple):
     """One clip; every field is an array, so that clips of one `ClipConfig` can be batched.
 
-    The world's origin is the mean camera position and its unit such that the farthest camera is at
-    `RADIUS`: a point or depth of the file becomes `scale * (point - centre)` or `scale * depth`.
+    The world is that of `normalise`: a point or depth of the file becomes
+    `scale * (point - centre)` or `scale * depth`.
     """
 
     images: UInt8[np.ndarray, "t h w 3"]  # sRGB as displayed, background kept
@@ -140,14 +140,19 @@ def draw_sources(
 def normalise(
     world_to_camera: Float[np.ndarray, "t 4 4"],
 ) -> tuple[Float[np.ndarray, "t 4 4"], float, Float[np.ndarray, "3"]]:
-    """Cameras about the origin, the farthest at `RADIUS`; the scale and the centre that does it.
+    """Cameras about the origin, what they look at `RADIUS` ahead of the first; scale and centre.
 
     A point x of the old world is `scale * (x - centre)` in the new one, and depths are multiplied
-    by the scale; pixels stay where they are. The cameras must not all be at one place.
+    by the scale; pixels stay where they are. The cameras must not all be at one place. Of orbits
+    the radius becomes `RADIUS`, as in V3D's `scale_pose`. That puts the farthest camera there
+    whatever the path, and so the same room at a quarter of the distance if a path is four times as
+    long: where one picture has surfaces could not be learnt.
     """
-    centres = np.stack([poses.inverse(pose)[:3, 3] for pose in world_to_camera])
+    centres = paths.centres(world_to_camera)
     centre = centres.mean(axis=0)
-    scale = RADIUS / float(np.linalg.norm(centres - centre, axis=-1).max())
+    # No camera is farther from another than in an orbit.
+    far = max(paths.depth(world_to_camera, 0), 0.5 * paths.width(world_to_camera))
+    scale = RADIUS / far
     moved = world_to_camera.copy()
     moved[:, :3, 3] = -scale * np.einsum("tij,tj->ti", moved[:, :3, :3], centres - centre)
     return moved, scale, centre

@@ -15,6 +15,9 @@ from v3d_jax.data import poses
 Poses = Float[np.ndarray, "t 4 4"]
 # Of the smaller singular value to the larger, where axes count as parallel: about 3 degrees.
 _PARALLEL = 1e-3
+# Where cameras look at nothing in common, what they look at is taken to be so many times as far as
+# they are apart.
+_REACH = 2.0
 # Rays of a picture along each side, and depths along each of them, that `seen` tries.
 _RAYS, _DEPTHS = 8, 24
 
@@ -107,6 +110,24 @@ def common_point(world_to_camera: Float[np.ndarray, "v 4 4"]) -> Float[np.ndarra
     point = np.linalg.solve(total, np.einsum("vij,vj->i", across, places))
     ahead = np.einsum("vi,vi->v", forward, point - places)
     return point if ahead.min() > 0.0 else None
+
+
+def depth(world_to_camera: Float[np.ndarray, "v 4 4"], number: int) -> float:
+    """How far ahead of one of the cameras is what all of them look at, by their poses alone.
+
+    The depth of `common_point`, or, where they have none, twice the largest distance between two
+    cameras.
+    """
+    point = common_point(world_to_camera)
+    if point is None:
+        return _REACH * width(world_to_camera)
+    return float(world_to_camera[number, 2, :3] @ point + world_to_camera[number, 2, 3])
+
+
+def width(world_to_camera: Float[np.ndarray, "v 4 4"]) -> float:
+    """The largest distance between two cameras."""
+    places = centres(world_to_camera)
+    return float(np.linalg.norm(places[:, None] - places, axis=-1).max())
 
 
 def seen(

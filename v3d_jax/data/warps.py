@@ -10,10 +10,6 @@ from jaxtyping import Bool, Float, UInt8
 from v3d_jax.data import paths, poses
 from v3d_jax.data.shots import Shots
 
-# Where cameras look at nothing in common, the plane is so many times as far as they are apart:
-# what `scene_views` takes for the middle of a place then.
-REACH = 2.0
-
 
 def nearest(shots: Shots, target: int) -> list[int]:
     """The input views by the distance of their cameras from frame `target`'s, the nearest first."""
@@ -30,25 +26,11 @@ def nearest_view(shots: Shots) -> UInt8[np.ndarray, "u h w 3"]:
 def plane_warp(shots: Shots) -> UInt8[np.ndarray, "u h w 3"]:
     """For every unseen frame the input views warped by one plane each, nearer views first.
 
-    A view's plane is parallel to its picture, through the point that the sequence's cameras look
-    at (`depth`). A pixel is of the nearest input view whose picture has it, and of the nearest
+    A view's plane is parallel to its picture, as far as what the sequence's cameras look at
+    (`paths.depth`). A pixel is of the nearest input view whose picture has it, and of the nearest
     one's edge if none has.
     """
     return np.stack([_warped(shots, target) for target in shots.unseen])
-
-
-def depth(world_to_camera: Float[np.ndarray, "n 4 4"], source: int) -> float:
-    """How far ahead of camera `source` its plane is, by what all cameras of a sequence tell.
-
-    The depth of the point nearest to all their axes, or, where these are parallel or meet behind a
-    camera, twice the largest distance between two cameras' places.
-    """
-    point = paths.common_point(world_to_camera)
-    if point is not None:
-        return float(world_to_camera[source, 2, :3] @ point + world_to_camera[source, 2, 3])
-    places = paths.centres(world_to_camera)
-    apart = np.linalg.norm(places[:, None] - places, axis=-1).max()
-    return REACH * float(apart)
 
 
 def onto_plane(
@@ -116,7 +98,7 @@ def _reached(
         shots.intrinsics[view],
         shots.world_to_camera[target],
         shots.intrinsics[target],
-        depth(shots.world_to_camera, view),
+        paths.depth(shots.world_to_camera, view),
         grid,
     )
     height, width = grid.shape[:2]
