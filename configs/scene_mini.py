@@ -47,8 +47,15 @@ config = SceneTrainConfig(
         guidance_max=1.0,
     ),
     data=DataConfig(loader=LoaderConfig(batch_size=32, num_frames=18, threads=14)),
+    # The PixelNeRF is new, the UNet is not.
     optim=OptimConfig(
-        lr=4e-4, warmup=500, decay="linear", decay_start=0.1, weight_decay=0.01, ema=0.999
+        lr=4e-4,
+        faster=(("pixelnerf.*", 5.0),),
+        warmup=500,
+        decay="linear",
+        decay_start=0.1,
+        weight_decay=0.01,
+        ema=0.999,
     ),
     run=RunConfig(
         dir="runs/scene_mini",

@@ -55,7 +55,11 @@ def known(config, views, point):
     parts = [np.mean(found, axis=0) if found else np.zeros(channels)]
     if config.deviation:
         parts.append(np.std(found, axis=0, ddof=1) if len(found) > 1 else np.zeros(channels))
-    if config.position:
+    if config.position != "none":
+        if config.position == "view":
+            first = views[0][1]
+            point = first[:3, :3] @ point + first[:3, 3]
+            point = point / (1 + np.linalg.norm(point))
         waves = [f(np.pi * 2**k * point) for k in range(6) for f in (np.sin, np.cos)]
         parts += [point, *waves]
     return np.concatenate(parts), len(found)

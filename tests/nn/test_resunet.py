@@ -1,5 +1,7 @@
 """The feature network: its stored output, size, and statistics over valid images only."""
 
+import dataclasses
+
 import fixtures
 import jax
 import jax.numpy as jnp
@@ -105,6 +107,19 @@ def test_norms_use_the_statistics_of_the_images_at_hand(small):
     out = run(params, images)
     np.testing.assert_allclose(run(params, 3.0 * images + 1.0), out, atol=1e-3)
     assert np.abs(run(params, images.at[0, 0].multiply(3.0))[1] - out[1]).max() > 0.01
+
+
+def test_with_layer_norms_an_image_has_its_features_whatever_is_beside_it():
+    config = dataclasses.replace(SMALL, norm="layer")
+    graphdef, params = fixtures.build(create(config), rules(config))
+    run = fixtures.forward(graphdef)
+    images = clips(2)
+    out = run(params, images)
+    np.testing.assert_allclose(run(params, images[:1, 1:])[0, 0], out[0, 1], atol=2e-5)
+    beside = jnp.concatenate([images, jnp.full_like(images, jnp.nan)], axis=1)
+    valid = jnp.asarray([[True, True, False, False]] * 2)
+    np.testing.assert_allclose(run(params, beside, valid)[:, :2], out, atol=2e-5)
+    assert out.std() > 0.05
 
 
 def test_gradients_beside_padding_follow_finite_differences(small):

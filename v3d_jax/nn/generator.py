@@ -117,11 +117,14 @@ SCENE_512 = scene(V3D_512, PixelNeRFConfig(sampling="disparity"))
 SCENE_MINI = scene(
     MINI,
     PixelNeRFConfig(
-        encoder=ResUNetConfig(channels=32, blocks=(2, 2, 2)),
+        encoder=ResUNetConfig(channels=32, blocks=(2, 2, 2), norm="layer"),
         sampling="disparity",
-        samples=64,
-        far=50.0,
+        samples=48,
+        near=0.375,
+        far=18.0,
         deviation=True,
+        position="view",
+        colors=True,
         hidden=64,
         features=32,
     ),

@@ -42,8 +42,10 @@ class PixelNeRFConfig:
 
     `sampling` is where the samples of a ray are: evenly spaced through the cube [-1, 1]^3, or in
     disparity between the distances `near` and `far`. `deviation` adds to the mean of the views'
-    features their standard deviation, `position` the sample's own place as sinusoids, which suits
-    scenes in the cube. `rays_at_once` of every clip are computed together: memory follows
+    features their standard deviation, `position` the sample's own place as sinusoids: in the world,
+    which suits scenes in the cube, or as the first view has it (`in_view`), which tells a single
+    picture's features how far away a sample is. With `colors` the last three of the features are
+    the picture's own colours. `rays_at_once` of every clip are computed together: memory follows
     it, times samples, views and clips, and not the number of frames.
     """
 
@@ -53,7 +55,8 @@ class PixelNeRFConfig:
     near: float = 0.5
     far: float = 10_000.0
     deviation: bool = False
-    position: bool = False
+    position: Literal["none", "world", "view"] = "none"
+    colors: bool = False
     hidden: int = 128
     features: int = 128
     rays_at_once: int = 512
@@ -61,7 +64,7 @@ class PixelNeRFConfig:
     @property
     def inputs(self) -> int:
         """What is known of a sample."""
-        place = 3 + 6 * OCTAVES if self.position else 0
+        place = 0 if self.position == "none" else 3 + 6 * OCTAVES
         return self.encoder.channels * (2 if self.deviation else 1) + place
 
 
@@ -144,6 +147,9 @@ class PixelNeRF(nnx.Module):
     def encode(self, views: Views) -> Source:
         """Source views with their feature maps."""
         maps = self.encoder(views.images, views.valid)
+        if self.config.colors:
+            colors = image.resize(views.images, maps.shape[2:4]).astype(maps.dtype)
+            maps = jnp.concatenate([maps[..., :-3], colors], axis=-1)
         return Source(maps, views.cameras, views.valid)
 
     def render(
@@ -206,8 +212,10 @@ def _sample(
     known = [mean]
     if config.deviation:
         known.append(deviation)
-    if config.position:
+    if config.position == "world":
         known.append(sinusoids(points))
+    if config.position == "view":
+        known.append(sinusoids(in_view(source.cameras, points)))
     return jnp.concatenate(known, axis=-1)
 
 
@@ -225,6 +233,17 @@ def look_up(
     # Rays and samples apart, or devices that divide the rays could not divide what follows.
     pixels, seen = (x.reshape(*x.shape[:2], n, s, *x.shape[3:]) for x in (pixels, seen))
     return view_moments.moments(maps, wide, pixels, seen)
+
+
+def in_view(cameras: Camera, points: Float[Array, "b n s 3"]) -> Float[Array, "b n s 3"]:
+    """Points as the first view's camera has them, along its axes, brought into the unit ball.
+
+    A point p away becomes p / (1 + |p|): infinity lies on the sphere.
+    """
+    pose = cameras.world_to_camera[:, 0]
+    local = jnp.einsum("bij,bnsj->bnsi", pose[:, :3, :3], points, precision="highest")
+    local = local + pose[:, None, None, :3, 3]
+    return local / (1.0 + jnp.linalg.norm(local, axis=-1, keepdims=True))
 
 
 def sinusoids(points: Float[Array, "*n 3"]) -> Float[Array, "*n k"]:

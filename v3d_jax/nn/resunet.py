@@ -6,7 +6,7 @@ Source: V3D's release, scene model; ResNet arXiv 1512.03385, table 1.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,14 @@ class ResUNetConfig:
     """Sizes of the feature network; the defaults are those of V3D.
 
     A level has so many residual `blocks`, halves the resolution and doubles the channels of the
-    one before; the first has `channels`, and so have the features.
+    one before; the first has `channels`, and so have the features. The `norm` "batch" is V3D's,
+    with the statistics of all images at hand: of a clip alone they are others than in training,
+    and so are its features. "layer" normalises every pixel by itself.
     """
 
     channels: int = 64
     blocks: tuple[int, ...] = (3, 4, 6)
+    norm: Literal["batch", "layer"] = "batch"
     eps: float = 1e-5
 
     @property
@@ -68,6 +71,7 @@ class ConvNorm(nnx.Module):
         size: int = 3,
         stride: int = 1,
         bias: bool = False,
+        norm: Literal["batch", "layer"],
         eps: float,
         dtype: Any,
         rngs: nnx.Rngs,
@@ -84,7 +88,8 @@ class ConvNorm(nnx.Module):
             promote_dtype=layers.promote_dtype,
             rngs=rngs,
         )
-        self.norm = BatchNorm(outputs, eps=eps)
+        kind = BatchNorm if norm == "batch" else layers.LayerNorm
+        self.norm = kind(outputs, eps=eps)
 
     def __call__(self, x: Float[Array, "b v h w i"], valid: Valid) -> Float[Array, "b v H W o"]:
         """Keeps the resolution, divided by the stride."""
@@ -92,7 +97,8 @@ class ConvNorm(nnx.Module):
         if reach:
             border = ((0, 0), (0, 0), (reach, reach), (reach, reach), (0, 0))
             x = jnp.pad(x, border, mode="reflect")
-        return self.norm(self.conv(x), valid)
+        x = self.conv(x)
+        return self.norm(x, valid) if isinstance(self.norm, BatchNorm) else self.norm(x)
 
 
 class BasicBlock(nnx.Module):
@@ -118,7 +124,7 @@ class ResUNet(nnx.Module):
     def __init__(self, config: ResUNetConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        settings = {"eps": config.eps, "dtype": dtype, "rngs": rngs}
+        settings = {"norm": config.norm, "eps": config.eps, "dtype": dtype, "rngs": rngs}
         widths = config.widths
         self.stem = ConvNorm(3, config.channels, size=7, stride=2, **settings)
         levels, channels = [], config.channels
