@@ -13,11 +13,14 @@ from v3d_jax.weights import folder
 CONFIG = generator.scene(
     tiny_generator.CONFIG,
     pixelnerf.PixelNeRFConfig(
-        encoder=resunet.ResUNetConfig(channels=4, blocks=(1, 1)),
+        encoder=resunet.ResUNetConfig(channels=8, blocks=(1, 1), norm="layer"),
         sampling="disparity",
         samples=4,
         near=0.5,
         far=6.0,
+        deviation=True,
+        position="view",
+        carried=("colors", "latents"),
         hidden=8,
         features=6,
     ),

@@ -177,9 +177,19 @@ def scene_condition(
     and the views' are normalised, as those of `data.clips.Clip`.
     """
     condition = encode_condition(settings, params, images.from_network(views.images[:, 0]), key)
-    size = settings.generator.latent_shape[1:3]
-    rendering = networks(settings, params).pixelnerf(views, targets, size)
+    network, size = networks(settings, params), settings.generator.latent_shape[1:3]
+    if "latents" in network.pixelnerf.config.carried:
+        views = views._replace(latents=view_latents(settings, network, views.images))
+    rendering = network.pixelnerf(views, targets, size)
     return condition._replace(features=rendering.features)
+
+
+def view_latents(
+    settings: Settings, network: generator.Generator, images: Float[Array, "b v h w 3"]
+) -> Float[Array, "b v i j c"]:
+    """Source views' latents: the posterior's mean, scaled as the latents that are denoised."""
+    means = jax.lax.map(lambda x: network.autoencoder.encode(x).mean, jnp.moveaxis(images, 1, 0))
+    return jnp.moveaxis(means, 0, 1) * settings.generator.autoencoder.scale_factor
 
 
 def picture_latent(

@@ -194,28 +194,38 @@ def test_seen_from_the_first_view_the_world_may_be_turned():
         assert off.max() < 2e-3 if position == "view" else off.max() > 0.05
 
 
-def test_the_pictures_own_colours_end_the_features():
-    """Of pictures that are linear across and down, whose means are known."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
-    ramps = np.stack([x / WIDTH, y / HEIGHT, 0.5 * (x / WIDTH + y / HEIGHT)], axis=-1)
-    views = make_views()
-    views = views._replace(
-        images=jnp.broadcast_to(jnp.asarray(ramps, jnp.float32), views.images.shape)
-    )
-    params = model(CUBE)[1]
+def test_the_pictures_own_colours_and_latents_end_the_features():
+    """Of pictures and latents that are linear across and down, whose means are known."""
 
-    def maps(config):
-        graphdef = model(config)[0]
+    def ramps(height, width):
+        y, x = np.mgrid[:height, :width] + 0.5
+        return np.stack([x / width, y / height, 0.5 * (x / width + y / height)], axis=-1)
+
+    def of_views(height, width):
+        shape = (*views.valid.shape, height, width, 3)
+        return jnp.broadcast_to(jnp.asarray(ramps(height, width), jnp.float32), shape)
+
+    views = make_views()
+    views = views._replace(images=of_views(HEIGHT, WIDTH))
+    config = dataclasses.replace(CUBE, encoder=resunet.ResUNetConfig(channels=7, blocks=(1, 1)))
+    params = model(config)[1]
+
+    def maps(views, *carried):
+        graphdef = model(dataclasses.replace(config, carried=carried))[0]
         return fixtures.jit(lambda p, x: nnx.merge(graphdef, p).encode(x).maps)(params, views)
 
-    found = maps(dataclasses.replace(CUBE, colors=True))
-    np.testing.assert_allclose(found[..., :-3], maps(CUBE)[..., :-3], atol=1e-4)
-    h, w = found.shape[2:4]
-    y, x = np.mgrid[:h, :w] + 0.5
-    wanted = np.stack([x / w, y / h, 0.5 * (x / w + y / h)], axis=-1)
-    inside = (slice(None), slice(None), slice(1, -1), slice(1, -1), slice(-3, None))
-    wanted = np.broadcast_to(wanted[1:-1, 1:-1], found[inside].shape)
-    np.testing.assert_allclose(found[inside], wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="give views with theirs"):
+        maps(views, "latents")
+    # Latents of half the resolution of the maps, and upside down.
+    h, w = maps(views).shape[2:4]
+    views = views._replace(latents=of_views(h // 2, w // 2)[:, :, ::-1])
+    found = maps(views, "colors", "latents")
+    np.testing.assert_allclose(found[..., :1], maps(views)[..., :1], atol=1e-4)
+    wanted = np.concatenate([ramps(h, w), ramps(h, w)[::-1]], axis=-1)
+    for picture in found[0]:
+        np.testing.assert_allclose(picture[1:-1, 1:-1, 1:], wanted[1:-1, 1:-1], atol=1e-5)
+    with pytest.raises(ValueError, match="7 features leave no room"):
+        maps(views, "colors", "latents", "colors")
 
 
 def make_views(padding=0.0, *, broken=False):

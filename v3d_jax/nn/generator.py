@@ -124,7 +124,7 @@ SCENE_MINI = scene(
         far=18.0,
         deviation=True,
         position="view",
-        colors=True,
+        carried=("colors", "latents"),
         hidden=64,
         features=32,
     ),

@@ -44,9 +44,10 @@ class PixelNeRFConfig:
     disparity between the distances `near` and `far`. `deviation` adds to the mean of the views'
     features their standard deviation, `position` the sample's own place as sinusoids: in the world,
     which suits scenes in the cube, or as the first view has it (`in_view`), which tells a single
-    picture's features how far away a sample is. With `colors` the last three of the features are
-    the picture's own colours. `rays_at_once` of every clip are computed together: memory follows
-    it, times samples, views and clips, and not the number of frames.
+    picture's features how far away a sample is. `carried` is what of the pictures themselves stands
+    in the place of the last features, which need not learn to keep it: their colours, their latents
+    (`Views.latents`). `rays_at_once` of every clip are computed together: memory follows it, times
+    samples, views and clips, and not the number of frames.
     """
 
     encoder: resunet.ResUNetConfig = dataclasses.field(default_factory=resunet.ResUNetConfig)
@@ -56,7 +57,7 @@ class PixelNeRFConfig:
     far: float = 10_000.0
     deviation: bool = False
     position: Literal["none", "world", "view"] = "none"
-    colors: bool = False
+    carried: tuple[Literal["colors", "latents"], ...] = ()
     hidden: int = 128
     features: int = 128
     rays_at_once: int = 512
@@ -71,12 +72,13 @@ class PixelNeRFConfig:
 class Views(NamedTuple):
     """Source views, padded to as many in every clip; where not `valid`, the others may be anything.
 
-    Every clip needs a valid view.
+    The first view of every clip must be valid. Latents, scaled, are for models that carry them.
     """
 
     images: Float[Array, "b v h w 3"]
     cameras: Camera  # [b, v]
     valid: Bool[Array, "b v"]
+    latents: Float[Array, "b v k l d"] | None = None
 
 
 class Source(NamedTuple):
@@ -145,11 +147,20 @@ class PixelNeRF(nnx.Module):
         return self.render(self.encode(views), targets, size, key)
 
     def encode(self, views: Views) -> Source:
-        """Source views with their feature maps."""
+        """Source views with their feature maps.
+
+        Raises `ValueError` where views lack latents that are carried, or features the room.
+        """
         maps = self.encoder(views.images, views.valid)
-        if self.config.colors:
-            colors = image.resize(views.images, maps.shape[2:4]).astype(maps.dtype)
-            maps = jnp.concatenate([maps[..., :-3], colors], axis=-1)
+        own = {"colors": views.images, "latents": views.latents}
+        carried = [own[name] for name in self.config.carried]
+        if any(x is None for x in carried):
+            raise ValueError("this PixelNeRF carries latents: give views with theirs")
+        carried = [image.resize(x, maps.shape[2:4]).astype(maps.dtype) for x in carried]
+        learned = maps.shape[-1] - sum(x.shape[-1] for x in carried)
+        if learned < 1:
+            raise ValueError(f"{maps.shape[-1]} features leave no room for what is carried")
+        maps = jnp.concatenate([maps[..., :learned], *carried], axis=-1)
         return Source(maps, views.cameras, views.valid)
 
     def render(

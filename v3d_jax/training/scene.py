@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from v3d_jax import errors
 from v3d_jax.data import posed
@@ -91,6 +91,8 @@ def condition(
     condition_key, jitter_key = jax.random.split(key)
     views, targets = posed_views(batch)
     size = batch["latents"].shape[2:4]
+    if "latents" in model.config.pixelnerf.carried:
+        views = views._replace(latents=_at(batch["latents"], batch["source_places"]))
     rendering = model.pixelnerf(views, targets, size, jitter_key)
     rgb = jnp.mean(pixelnerf.rgb_loss(rendering.rgb, batch["small"].astype(jnp.float32) / 255.0))
     made = conditioning.make(model, batch, condition_key, config)
@@ -105,7 +107,11 @@ def posed_views(batch: Any) -> tuple[pixelnerf.Views, Camera]:
     clips, frames = batch["world_to_camera"].shape[:2]
     size = jnp.ones((clips, frames), jnp.int32)
     targets = Camera(batch["world_to_camera"], batch["intrinsics"], width * size, height * size)
-    places = batch["source_places"]
-    cameras = jax.tree.map(lambda x: jax.vmap(lambda row, place: row[place])(x, places), targets)
+    cameras = jax.tree.map(lambda x: _at(x, batch["source_places"]), targets)
     images = image.to_network(batch["sources"].astype(jnp.float32) / 255.0)
     return pixelnerf.Views(images, cameras, batch["valid"]), targets
+
+
+def _at(of_frames: Array, places: Int[Array, "b s"]) -> Array:
+    """What the frames [b, t, ...] of clips have at some of them, [b, s, ...]."""
+    return jax.vmap(lambda clip, chosen: clip[chosen])(of_frames, places)
