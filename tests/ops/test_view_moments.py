@@ -84,6 +84,18 @@ def test_views_that_agree_have_a_gradient():
     assert np.isfinite(fixtures.jit(slope)(maps)).all()
 
 
+def test_rounding_between_views_that_agree_has_no_gradient():
+    _, pixels, seen = inputs()
+    maps = np.ones((CLIPS, VIEWS, HEIGHT, WIDTH, CHANNELS), np.float32)
+    maps[:, ::2] = np.nextafter(np.float32(1.0), np.float32(2.0))
+
+    def slopes(maps):
+        return jax.grad(lambda x: jnp.sum(view_moments.moments(x, x, pixels, seen).deviation))(maps)
+
+    found = fixtures.jit(slopes)(jnp.asarray(maps))
+    assert 0.0 < np.abs(found).max() < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_many_points_have_for_a_cell_adds_up(dtype):
     """In 16 bits a sum of ones ends at 256."""

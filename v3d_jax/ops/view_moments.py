@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from v3d_jax.ops import rays
 
+# Deviations below it have the slope of one of that size, times how much smaller they are.
+FLAT = 1e-3
+
 Maps = Float[Array, "b v i j c"]
 Pixels = Float[Array, "b v *m 2"]
 Seen = Bool[Array, "b v *m"]
@@ -106,10 +109,10 @@ def _spread(slopes: Moments, values: list[Points], seen: Seen, dtype: Any) -> li
     mean, deviation = _combine(values, seen)
     count = _count(seen)
     to_all = slopes.mean / jnp.maximum(count, 1.0)
-    # The root's slope at 0 is infinite.
-    varied = deviation > 0.0
-    scale = jnp.maximum(count - 1.0, 1.0) * jnp.where(varied, deviation, 1.0)
-    to_far = jnp.where(varied, slopes.deviation / scale, 0.0)
+    # Where views differ by rounding alone the root's slope is as large as anywhere, and its sign is
+    # that of the rounding: other devices would learn something else.
+    scale = jnp.maximum(count - 1.0, 1.0) * jnp.maximum(deviation, FLAT)
+    to_far = slopes.deviation / scale
     return [
         jnp.where(seen[:, view, ..., None], to_all + to_far * (value - mean), 0.0).astype(dtype)
         for view, value in enumerate(values)
