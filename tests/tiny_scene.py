@@ -21,7 +21,7 @@ CONFIG = generator.scene(
         deviation=True,
         position="view",
         carried=("colors", "latents"),
-        hidden=8,
+        hidden=24,
         features=6,
     ),
 )

@@ -266,8 +266,7 @@ def _laid_out(gradient: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """A gradient in the order of its axes, as parameters and moments lie.
 
     cuDNN wants kernels in another order, and XLA, left alone, brings everything that meets their
-    gradients into it and back: 68 of the 443 GB that V3D's step moves
-    by its program for an H200.
+    gradients into it and back: 68 of the 443 GB that V3D's step moves by its program for an H200.
     """
     if target.platform() not in target.GPUS:
         return gradient

@@ -49,7 +49,7 @@ def test_frames_are_those_along_the_path_and_the_first_is_the_reference(tmp_path
     places = np.linalg.inv(np.asarray(cameras.world_to_camera, np.float64))[:, :3, 3]
     np.testing.assert_allclose(places.mean(axis=0), 0.0, atol=1e-6)
     looked_at = paths.depth(np.asarray(cameras.world_to_camera, np.float64), 0)
-    np.testing.assert_allclose(looked_at, 1.5, rtol=1e-4)
+    np.testing.assert_allclose(looked_at, 1.5, rtol=1e-6)
     # The walk gets faster, so that evenly spaced places are later frames.
     even = mvimgnet.MVImgNetConfig(clip=clips.ClipConfig(num_frames=5, size=64, arc_length=True))
     assert read(folder, even).frames[1] > 2

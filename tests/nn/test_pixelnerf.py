@@ -26,8 +26,9 @@ CUBE = pixelnerf.PixelNeRFConfig(
     rays_at_once=11,
 )
 DISPARITY = dataclasses.replace(
-    CUBE, sampling="disparity", deviation=False, position="view", near=0.5, far=6.0
+    CUBE, sampling="disparity", deviation=False, position="none", near=0.5, far=6.0
 )
+FROM_VIEW = dataclasses.replace(DISPARITY, deviation=True, position="view")
 CLIPS, FRAMES, SIZE = 2, 2, (3, 5)
 WIDTH, HEIGHT = 48, 32
 MOST = 8
@@ -125,7 +126,9 @@ def test_full_size_has_the_published_parameters():
     assert count(deviation=True, position="world") == (167, 8_917_120, 91_396 + 103 * 128)
 
 
-@pytest.mark.parametrize("config", [CUBE, DISPARITY], ids=["cube", "disparity"])
+@pytest.mark.parametrize(
+    "config", [CUBE, DISPARITY, FROM_VIEW], ids=["cube", "disparity", "from view"]
+)
 def test_equals_the_plain_renderer(config):
     _, params, render = model(config)
     source, targets = make_source(valid=5), make_targets()
@@ -136,7 +139,7 @@ def test_equals_the_plain_renderer(config):
     assert {0, 1, 2, 3} <= set(counts.ravel().tolist())
     np.testing.assert_allclose(found.features, features, atol=2e-4)
     np.testing.assert_allclose(found.rgb, rgb, atol=2e-4)
-    assert features.std(axis=(0, 1, 2, 3)).min() > 0.015
+    assert features.std(axis=(0, 1, 2, 3)).min() > 0.02
 
 
 @pytest.mark.parametrize("views", range(1, MOST + 1))
@@ -187,7 +190,7 @@ def test_seen_from_the_first_view_the_world_may_be_turned():
     source, targets = make_source(valid=3), make_targets()
     there = source._replace(cameras=moved(source.cameras)), moved(targets)
     for position in ("view", "world"):
-        _, params, render = model(dataclasses.replace(DISPARITY, position=position))
+        _, params, render = model(dataclasses.replace(FROM_VIEW, position=position))
         off = np.abs(
             render(params, *there, SIZE).features - render(params, source, targets, SIZE)[0]
         )

@@ -197,7 +197,7 @@ def test_clips_are_parts_of_the_path_with_sources_among_them(files, tmp_path):
         np.testing.assert_array_equal(drawn["sources"], whole[order[places]])
         np.testing.assert_array_equal(drawn["small"], whole[order])
         looked_at = paths.depth(drawn["world_to_camera"].astype(np.float64), 0)
-        np.testing.assert_allclose(looked_at, 1.5, rtol=1e-4)
+        np.testing.assert_allclose(looked_at, 1.5, rtol=1e-5)
         turned = scene_record.world_to_camera[order][:, :3, :3]
         np.testing.assert_allclose(drawn["world_to_camera"][:, :3, :3], turned, atol=1e-6)
     assert counts == {1, 2, 3}

@@ -144,9 +144,9 @@ def normalise(
 
     A point x of the old world is `scale * (x - centre)` in the new one, and depths are multiplied
     by the scale; pixels stay where they are. The cameras must not all be at one place. Of orbits
-    the radius becomes `RADIUS`, as in V3D's `scale_pose`. That puts the farthest camera there
-    whatever the path, and so the same room at a quarter of the distance if a path is four times as
-    long: where one picture has surfaces could not be learnt.
+    the radius becomes `RADIUS`, as in V3D's `scale_pose`, which puts the farthest camera there
+    whatever the path: along one of four times the length the same room is at a quarter of the
+    distance, and where one picture has its surfaces could not be learnt.
     """
     centres = paths.centres(world_to_camera)
     centre = centres.mean(axis=0)
