@@ -62,6 +62,23 @@ def test_what_starts_from_an_object_model_makes_its_frames(models, key):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * float(jnp.abs(expected).max()))
 
 
+def test_other_latents_take_new_convolutions_at_the_unets_ends(models):
+    wider = generator.scene(tiny_generator.CONFIG, tiny_scene.CONFIG.pixelnerf, latent_channels=8)
+    begun = parts.load(models / "object", parts.SCENE_PARTS, wider)
+    wanted = folder.abstract_params(wider)
+    for name in parts.SCENE_PARTS:
+        shapes = jax.tree.map(np.shape, begun[name])
+        assert shapes == jax.tree.map(np.shape, nnx.to_pure_dict(wanted)[name])
+    of_object = nnx.to_pure_dict(folder.load(models / "object").params)["unet"]
+    assert not np.any(begun["unet"]["conv_out"]["kernel"])
+    assert np.std(begun["unet"]["conv_in"]["kernel"]) > 0.01
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        {name: x for name, x in begun["unet"].items() if name not in ("conv_in", "conv_out")},
+        {name: x for name, x in of_object.items() if name not in ("conv_in", "conv_out")},
+    )
+
+
 def test_frames_follow_the_cameras_and_the_views(key):
     """Each of target cameras, a further view and a view that is not valid tells what it should."""
     make = fixtures.jit(pipeline.views_to_frames, static_argnums=0)

@@ -73,11 +73,22 @@ class GeneratorConfig:
         return (self.num_frames, height, width, self.autoencoder.latent_channels)
 
 
-def scene(config: GeneratorConfig, pixelnerf: PixelNeRFConfig) -> GeneratorConfig:
-    """An object model's settings as those of a scene model, whose UNet is wider at its input."""
-    channels = 2 * config.autoencoder.latent_channels + pixelnerf.features
-    unet = dataclasses.replace(config.unet, in_channels=channels)
-    return dataclasses.replace(config, unet=unet, pixelnerf=pixelnerf)
+def scene(
+    config: GeneratorConfig, pixelnerf: PixelNeRFConfig, latent_channels: int | None = None
+) -> GeneratorConfig:
+    """An object model's settings as those of a scene model, whose UNet is wider at its input.
+
+    With `latent_channels` its autoencoder is one of so many.
+    """
+    latent = latent_channels or config.autoencoder.latent_channels
+    return dataclasses.replace(
+        config,
+        unet=dataclasses.replace(
+            config.unet, in_channels=2 * latent + pixelnerf.features, out_channels=latent
+        ),
+        autoencoder=dataclasses.replace(config.autoencoder, latent_channels=latent),
+        pixelnerf=pixelnerf,
+    )
 
 
 SVD_XT = GeneratorConfig(num_frames=25, image_size=(576, 1024))
@@ -114,6 +125,8 @@ MINI = GeneratorConfig(
 )
 # Rooms reach beyond any cube around the path, so samples are spread in disparity.
 SCENE_512 = scene(V3D_512, PixelNeRFConfig(sampling="disparity"))
+# A room has detail everywhere, an object half of its picture white: four latent channels of so
+# small an autoencoder would lose more than the views do.
 SCENE_MINI = scene(
     MINI,
     PixelNeRFConfig(
@@ -126,8 +139,9 @@ SCENE_MINI = scene(
         position="view",
         carried=("colors", "latents"),
         hidden=64,
-        features=32,
+        features=48,
     ),
+    latent_channels=16,
 )
 
 

@@ -74,14 +74,20 @@ def load(
     """The named networks of an exported model, or of a packaged one by its name.
 
     Where `model` is a scene model and the exported one is not, the UNet is widened by channels that
-    it ignores so far, and the PixelNeRF is new, the same at every call.
+    it ignores so far, and the PixelNeRF is new, the same at every call. Where it has latents of
+    another number of channels, the UNet's first and last convolutions are new as well.
     """
     opened = folder.load(packaged.folder_of(path))
     found = nnx.to_pure_dict(opened.params)
     found["decoder"] = found["autoencoder"]["decoder"]
     if model is not None and model.pixelnerf is not None and opened.generator.pixelnerf is None:
-        found["unet"] = unet.widen(found["unet"], model.unet.in_channels)
-        found |= random(model, "float32", jax.random.key(0), ("pixelnerf",))
+        key = jax.random.key(0)
+        found |= random(model, "float32", key, ("pixelnerf",))
+        if model.unet.out_channels == opened.generator.unet.out_channels:
+            found["unet"] = unet.widen(found["unet"], model.unet.in_channels)
+        else:
+            new = random(model, "float32", key, ("unet",))["unet"]
+            found["unet"] |= {name: new[name] for name in ("conv_in", "conv_out")}
     return {name: found[name] for name in names}
 
 
