@@ -84,6 +84,31 @@ def test_tpu_flash_equals_plain_with_gradients(n, m):
         assert_like_plain("tpu_flash", (1, n, m, 1, 16))
 
 
+@pytest.mark.parametrize(("sequences", "parts"), [(16, 8), (6, 2), (4, 2), (3, 1)])
+def test_cudnn_gets_queries_and_keys_that_lie_alike(monkeypatch, sequences, parts):
+    """Its partitioner refuses others: frames are split, a context may be on every device."""
+    lie = []
+
+    def seen(*arrays, implementation):
+        assert implementation == "cudnn"
+        for x in arrays:
+            jax.debug.inspect_array_sharding(x, callback=lie.append)
+        return attention.attention(*arrays, impl="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", seen)
+    q, k, v, _ = inputs(sequences, 4, 4, 2, 8)
+    plain = attention.attention(q, k, v, impl="xla")
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=axis_types)
+    split = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp") if parts == 8 else None))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(q, split), *jax.device_put((k, v), everywhere)]
+        found = jax.jit(lambda *a: attention.attention(*a, impl="cudnn"))(*arrays)
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+    assert [one.shard_shape(q.shape)[0] for one in lie] == 3 * [sequences // parts]
+
+
 def test_tpu_flash_runs_on_each_device_of_a_mesh():
     q, k, v, _ = inputs(8, 128, 128, 1, 16)
     plain = np.asarray(attention.attention(q, k, v, impl="xla"))

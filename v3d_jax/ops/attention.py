@@ -59,6 +59,7 @@ def attention(
         case "chunked":
             return _chunked(q, k, v)
         case "cudnn":
+            q, k, v = _split_alike(q, k, v)
             return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         case "tpu_flash":
             return _tpu_flash_sharded(q, k, v)
@@ -104,6 +105,23 @@ def _chunked(
     blocks = jnp.moveaxis(padded.reshape(b, chunks, size, h, d), 1, 0)
     out = jax.lax.map(jax.checkpoint(lambda block: _xla(block, k, v)), blocks)
     return jnp.moveaxis(out, 0, 1).reshape(b, chunks * size, h, d)[:, :n]
+
+
+def _split_alike(*arrays: Float[Array, "b #n h d"]) -> list[Array]:
+    """The arrays split by sequence over as many devices of the mesh in context as divide them.
+
+    cuDNN's partitioner refuses queries and keys that lie differently, as those of frames and of a
+    context that every device has.
+    """
+    free = target.free_axes()
+    if not free:
+        return list(arrays)
+    axes, parts = [], 1
+    for name, size in free.items():
+        if arrays[0].shape[0] % (parts * size) == 0:
+            axes, parts = [*axes, name], parts * size
+    spec = PartitionSpec(tuple(axes) or None)
+    return [jax.lax.with_sharding_constraint(x, spec) for x in arrays]
 
 
 def _tpu_flash_sharded(
