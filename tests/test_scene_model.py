@@ -21,6 +21,7 @@ from v3d_jax.nn import generator
 from v3d_jax.ops import image
 from v3d_jax.training import parts
 from v3d_jax.weights import export, folder
+from v3d_jax.weights import tensors as tensor_files
 
 SAMPLING = SamplingConfig(steps=2, guidance_min=1.0, guidance_max=2.0)
 SETTINGS = pipeline.Settings(tiny_scene.CONFIG, SAMPLING)
@@ -164,6 +165,24 @@ def test_a_folder_round_trip_and_a_folder_with_a_base(models, tmp_path):
     (tmp_path / "scene").rename(tmp_path / "object")
     with pytest.raises(errors.UserError, match="has a base itself: name a whole model"):
         folder.load(tmp_path / "object")
+
+
+def test_what_was_kept_as_half_floats_is_still_the_bases(models, tmp_path):
+    """Training exports to float16 what it left alone as well."""
+    whole = {**tiny_scene.params(), "vision": nnx.to_pure_dict(tiny_generator.params())["vision"]}
+    halves = jax.tree.map(lambda x: np.float16(x).astype(np.float32), whole)
+    shutil.copytree(models / "object", tmp_path / "object")
+    for name, params in (("whole", whole), ("halves", halves)):
+        folder.save(tmp_path / name, tiny_scene.CONFIG, SAMPLING, params, base="../object")
+    kept = [
+        tensor_files.open_file(tmp_path / name / "model.safetensors")[0].keys()
+        for name in ("whole", "halves")
+    ]
+    assert kept[0] == kept[1]
+    assert not any(name.startswith("vision.") for name in kept[1])
+    found = folder.flatten(folder.load(tmp_path / "halves").params)
+    for name, leaf in folder.flatten(whole).items():
+        np.testing.assert_allclose(found[name], leaf, rtol=2**-11, atol=1e-7, err_msg=name)
 
 
 def test_no_other_program_runs_a_scene_model(models, tmp_path):

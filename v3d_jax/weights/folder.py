@@ -74,8 +74,9 @@ def save(
     `params` is the generator's nnx State, or the same tree as plain dicts. With `quantize` large
     kernels become int8 (see `weights.quantize`) and the rest float16; otherwise every tensor is
     kept as `dtype`. `metadata` (JSON) is provenance. What the model folder `base` (a path from
-    `folder`) holds to the bit is left out. Raises `UserError` if `params` do not fit
-    `generator_config`, hold NaN, `folder` exists and is something else, or the disk is full.
+    `folder`) holds to the bit, or to the bit once kept as float16, is left out. Raises `UserError`
+    if `params` do not fit `generator_config`, hold NaN, `folder` exists and is something else, or
+    the disk is full.
     """
     tensors = flatten(params)
     _check_names(flatten(abstract_params(generator_config)), _shapes(tensors), "these weights")
@@ -238,7 +239,9 @@ def _base(folder: Path, base: Any) -> dict[str, Lazy]:
 def _equal(leaf: Any, other: Lazy | None) -> bool:
     if other is None or tuple(other.shape) != tuple(leaf.shape):
         return False
-    return np.array_equal(np.asarray(leaf, np.float32), np.asarray(other).astype(np.float32))
+    ours, theirs = np.asarray(leaf, np.float32), np.asarray(other).astype(np.float32)
+    halved = theirs.astype(np.float16).astype(np.float32)
+    return np.array_equal(ours, theirs) or np.array_equal(ours, halved)
 
 
 def _quantised(tensors: dict[str, Any], clip: quantization.Clip) -> dict[str, Any]:
