@@ -1,5 +1,6 @@
 """The training loop on a small data set: resuming, stopping, diverging, and the two experiments."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -17,7 +18,7 @@ import synthetic_orbits
 from flax import nnx
 from PIL import Image
 
-from v3d_jax import checkpoint, config, errors, pipeline, state, train
+from v3d_jax import checkpoint, config, console, errors, pipeline, state, train
 from v3d_jax.data import loader, orbits
 from v3d_jax.nn import autoencoder as networks
 from v3d_jax.parallel import mesh as meshes
@@ -294,6 +295,20 @@ def test_a_misspelt_override_is_refused(capsys):
         config.load([str(CONFIGS / "debug.py"), "--optim.lrr", "1"])
     assert caught.value.code == 2
     assert "--optim.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "kept"), [([], 1), ([train.PLAN, "v5e-8"], 0)])
+def test_a_run_keeps_its_programs_for_the_next(monkeypatch, more, kept):
+    calls = []
+    monkeypatch.setattr(console, "enable_cache", lambda: calls.append("cache"))
+    monkeypatch.setattr(train, "train", lambda settings: calls.append("train"))
+    monkeypatch.setattr(train.plan, "make", lambda *_: calls.append("plan"))
+    monkeypatch.setattr(train.plan, "report", lambda planned: sys.exit(0))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train", str(CONFIGS / "mini.py"), *more])
+    with contextlib.suppress(SystemExit):
+        train.main()
+    assert calls == (["cache", "train"] if kept else ["plan"])
 
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import tyro
 from tqdm import tqdm
 
-from v3d_jax import errors
+from v3d_jax import console, errors
 from v3d_jax.data import (
     finder,
     latents,
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the command line, makes the data set, and reports what was made and left out."""
     args = tyro.cli(RenderArgs, args=argv, prog="python -m v3d_jax.render", description=__doc__)
     _check(args)
+    # Parts that render beside each other have their programs in common.
+    console.enable_cache()
     if args.clips.mvimgnet is not None or args.clips.co3d is not None:
         _record(args)
     else:

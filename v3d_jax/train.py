@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from v3d_jax import __version__, checkpoint, config, errors, state
+from v3d_jax import __version__, checkpoint, config, console, errors, state
 from v3d_jax.data import loader
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import multihost, sharding
@@ -212,7 +212,10 @@ def main() -> None:
     """
     arguments = sys.argv[1:]
     if PLAN not in arguments:
-        train(config.load(arguments))
+        settings = config.load(arguments)
+        # A run that goes on, after minutes or weeks, need not compile its step again.
+        console.enable_cache()
+        train(settings)
         return
     place = arguments.index(PLAN)
     if place + 1 == len(arguments):

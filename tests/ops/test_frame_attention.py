@@ -64,7 +64,7 @@ def test_kernel_equals_plain_on_a_gpu(shape, dtype, tolerance):
 @pytest.mark.parametrize(("frames", "fuses"), [(1, True), (2, False)])
 def test_devices_run_the_kernel_on_clips_of_their_own(frames, fuses):
     """Whoever shares a clip attends by XLA, which divides the work."""
-    mesh = meshes.make(meshes.MeshConfig(2, frames=frames))
+    mesh = meshes.make(meshes.MeshConfig(2, frames=frames), jax.devices("cpu"))
     layer = layers.Attention(64, head_channels=32, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.ShapeDtypeStruct((8, 18, 64, 64), jnp.float32)
     with target.traced_for("cuda"):
