@@ -32,7 +32,7 @@ import tyro
 from v3d_jax import unbounded
 from v3d_jax.data import solids, views, walls
 from v3d_jax.ops import camera
-from v3d_jax.splat import densify, fit, recipe
+from v3d_jax.splat import fit, recipe
 
 HELD_OUT = 8
 OBJECTS = 3  # in a room
@@ -163,8 +163,10 @@ def main(args: SceneArgs) -> None:
         count=args.gaussians,
         steps=args.steps,
         degree=args.degree,
-        densify=densify.DensifyConfig(
-            start=min(500, args.steps // 8), stop=round(0.6 * args.steps)
+        densify=dataclasses.replace(
+            recipe.SCENE.densify,
+            start=min(500, args.steps // 8),
+            stop=round(0.6 * args.steps),
         ),
     )
     judge, strategies = splat_fits.Judge(), splat_fits.peers(list(args.peers))

@@ -75,16 +75,20 @@ def test_relocation_leaves_the_live_and_the_count(half_dead, key):
     assert all(len(group) == 1 for group in groups.values())
 
 
-def test_relocation_draws_by_opacity(key):
+@pytest.mark.parametrize("unit", [None, 1.0, 1e-12])
+def test_relocation_draws_by_opacity(key, unit):
+    """And by the pull, whatever its unit."""
     opacity = np.concatenate([np.full(9000, 0.001), np.full(500, 0.2), np.full(500, 0.8)])
     logits = jnp.asarray(np.log(opacity) - np.log1p(-opacity), jnp.float32)
     means = jnp.broadcast_to(jnp.arange(10_000.0)[:, None], (10_000, 3))
     scene = Gaussians(
         means, jnp.ones((10_000, 4)), jnp.zeros((10_000, 3)), logits, jnp.zeros((10_000, 1, 3))
     )
-    told = densify.relocate(key, scene, 0.005)
+    pull = None if unit is None else jnp.where(jnp.arange(10_000) >= 9500, 4.0, 8.0) * unit
+    told = densify.relocate(key, scene, 0.005, pull=pull)
     strong = np.asarray(told.gaussians.means)[:9000, 0] >= 9500
-    assert strong.mean() == pytest.approx(0.8, abs=5 * math.sqrt(0.16 / 9000))
+    share = 0.8 if unit is None else 2 / 3
+    assert strong.mean() == pytest.approx(share, abs=5 * math.sqrt(0.25 / 9000))
 
 
 def test_relocation_keeps_the_image(half_dead, key):
@@ -106,10 +110,38 @@ def test_relocation_keeps_the_image(half_dead, key):
     assert lost < kept - 6.0
 
 
-def test_nothing_moves_where_nothing_lives(key):
+def test_copies_are_split_along_the_deviations_of_what_they_were(key):
+    """From its own place by the new deviations; the unchanged and the rest of a copy stay."""
+    count = 20_000
+    scales = jnp.asarray([0.1, 1.0, 3.0])
+    turn = jnp.asarray([math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5)])  # x to y, y to -x
+    scene = Gaussians(
+        jnp.zeros((count, 3)),
+        jnp.broadcast_to(turn, (count, 4)),
+        jnp.broadcast_to(jnp.log(scales), (count, 3)),
+        jnp.where(jnp.arange(count) < count // 2, -9.0, 0.5),
+        jnp.zeros((count, 1, 3)),
+    )
+    together = densify.relocate(key, scene, 0.005)
+    told = densify.relocate(key, scene, 0.005, split=0.5)
+    changed = np.asarray(told.changed)
+    np.testing.assert_array_equal(changed, together.changed)
+    apart = np.asarray(told.gaussians.means)
+    assert 0 < changed.sum() < count
+    assert (apart[~changed] == 0.0).all()
+    ratio = apart[changed] / np.asarray(told.gaussians.scales)[changed][:, [1, 0, 2]]
+    np.testing.assert_allclose(ratio.std(axis=0), 0.5, rtol=0.03)
+    np.testing.assert_allclose(ratio.mean(axis=0), 0.0, atol=0.03)
+    for before, after in zip(together.gaussians[1:], told.gaussians[1:], strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("pull", [None, 0.0])
+def test_nothing_moves_where_nothing_lives(key, pull):
     scene = scenes.as_float(scenes.scene("mixed", 20, degree=0), jnp.float32)
     scene = scene._replace(opacity_logits=jnp.full(20, -9.0))
-    told = densify.relocate(key, scene, 0.005)
+    factor = None if pull is None else jnp.full(20, pull)
+    told = densify.relocate(key, scene, 0.005, pull=factor)
     assert int(told.moved) == 0
     assert not told.changed.any()
     jax.tree.map(np.testing.assert_array_equal, told.gaussians, scene)

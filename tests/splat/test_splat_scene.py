@@ -135,7 +135,7 @@ def test_fit_of_a_room_shows_it_from_unseen_places(swept):
         recipe.SCENE_MINI,
         count=COUNT,
         steps=STEPS,
-        densify=densify.DensifyConfig(every=20, start=20, stop=60),
+        densify=replace(recipe.SCENE.densify, every=20, start=20, stop=60),
     )
     targets = fit.Targets(jnp.asarray(images[~held]), None, inside(~held)[1])
     first = fit.begin(begun, len(targets.images))

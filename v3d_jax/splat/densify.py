@@ -5,6 +5,10 @@ show move onto ones that do, drawn by opacity, which share their opacity and siz
 stays (section 3.3, eq. 9); and means take a random step that grows as a Gaussian fades (eq. 8), so
 that the unused explore. All shapes are static.
 
+Copies in one place learn the same and stay one for long: the random step is for what is faint.
+Where `split` says so they are drawn apart, from the Gaussian that they were, as 3DGS splits one
+(section 5.2).
+
 Axes: n Gaussian, q point of a quadrature.
 """
 
@@ -24,6 +28,7 @@ from v3d_jax.splat.project import rotation_rows
 _SPACING, _POINTS = 0.125, 40
 _MAX_OPACITY = 1.0 - 1e-6
 _MAX_WEIGHT = 1 << 20
+_PARTS, _LEAST = 1 << 30, 1e-20  # of all weights together, where those have no largest
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class DensifyConfig:
     stop: int = 3_400  # no move from this step on
     min_opacity: float = 0.005  # at or below it a Gaussian is dead
     noise: float = 5e5  # times the means' learning rate
+    split: float = 0.0  # how far copies are drawn apart, in deviations
+    pull: float = 0.0  # power of the means' gradient in the draw, beside the opacity
 
 
 class Relocation(NamedTuple):
@@ -67,17 +74,28 @@ def share(
     return new, opacity / integral
 
 
-def relocate(key: Key[Array, ""], gaussians: Gaussians, min_opacity: float) -> Relocation:
+def relocate(
+    key: Key[Array, ""],
+    gaussians: Gaussians,
+    min_opacity: float,
+    split: float = 0.0,
+    pull: Float[Array, "n"] | None = None,
+) -> Relocation:
     """Moves dead Gaussians onto live ones drawn by opacity; nothing moves where none is live.
 
-    A live Gaussian drawn c times becomes c + 1 equal ones.
+    A live Gaussian drawn c times becomes c + 1 equal ones, `split` times its deviations apart.
+    `pull` is a factor on the opacities by which they are drawn.
     """
     opacity = jnp.minimum(gaussians.opacities, _MAX_OPACITY)
     dead = opacity <= min_opacity
     # Whole numbers, whose running sum is exact and never falls.
     count = opacity.shape[0]
     scale = min(_MAX_WEIGHT, (2**31 - 1) // count)
-    weight = jnp.where(dead, 0, jnp.maximum(jnp.floor(opacity * scale), 1.0)).astype(jnp.int32)
+    wanted = opacity
+    if pull is not None:
+        wanted = opacity * pull
+        scale = _PARTS / jnp.maximum(jnp.where(dead, 0.0, wanted).sum(), _LEAST)
+    weight = jnp.where(dead, 0, jnp.maximum(jnp.floor(wanted * scale), 1.0)).astype(jnp.int32)
     total = jnp.cumsum(weight)
     rank = jax.random.randint(key, (count,), 0, jnp.maximum(total[-1], 1))
     source = jnp.searchsorted(total, rank, side="right")
@@ -92,7 +110,13 @@ def relocate(key: Key[Array, ""], gaussians: Gaussians, min_opacity: float) -> R
         log_scales=gaussians.log_scales + jnp.where(chosen, jnp.log(factor), 0.0)[:, None],
     )
     placed = Gaussians(*(field[source] for field in shared))
-    return Relocation(placed, chosen | moving, moving.sum(dtype=jnp.int32))
+    changed = chosen | moving
+    if split:
+        noise = jax.random.normal(jax.random.fold_in(key, 1), placed.means.shape)
+        apart = _turned(placed, split * placed.scales * noise)
+        means = placed.means + jnp.where(changed[:, None], apart, 0.0)
+        placed = placed._replace(means=means)
+    return Relocation(placed, changed, moving.sum(dtype=jnp.int32))
 
 
 def exploration(
@@ -106,7 +130,12 @@ def exploration(
     gate = jax.nn.sigmoid(-100.0 * (gaussians.opacities - 0.005))
     noise = jax.random.normal(key, gaussians.means.shape) * (size * gate)[:, None]
     rows = rotation_rows(gaussians.rotations)
-    variances = jnp.square(gaussians.scales)
     # R S^2 R^T noise, a component at a time: no matrix unit rounds it.
-    along = [variances[:, j] * sum(rows[i][j] * noise[:, i] for i in range(3)) for j in range(3)]
-    return jnp.stack([sum(rows[i][j] * along[j] for j in range(3)) for i in range(3)], axis=1)
+    along = [sum(rows[i][j] * noise[:, i] for i in range(3)) for j in range(3)]
+    return _turned(gaussians, jnp.square(gaussians.scales) * jnp.stack(along, axis=1))
+
+
+def _turned(gaussians: Gaussians, along: Float[Array, "n 3"]) -> Float[Array, "n 3"]:
+    """Offsets along the Gaussians' axes as offsets in the world."""
+    rows = rotation_rows(gaussians.rotations)
+    return jnp.stack([sum(rows[i][j] * along[:, j] for j in range(3)) for i in range(3)], axis=1)

@@ -300,7 +300,14 @@ def _densify(
     schedule = config.densify
 
     def move(gaussians: Gaussians, moments: Any) -> tuple[Gaussians, Any, Array]:
-        told = densify.relocate(key, gaussians, schedule.min_opacity)
+        pull = None
+        if schedule.pull:
+            # Adam's mean of squares; in units, as means' rates are.
+            square = moments.nu.gaussians.means.sum(axis=1)
+            if config.contract:
+                square = square * jnp.square(scene.unit(gaussians.means))
+            pull = jnp.power(square, 0.5 * schedule.pull)
+        told = densify.relocate(key, gaussians, schedule.min_opacity, schedule.split, pull)
 
         def forget(leaf: Array) -> Array:
             shape = (-1,) + (1,) * (leaf.ndim - 1)
