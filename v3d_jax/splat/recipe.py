@@ -35,7 +35,7 @@ SCENE_MINI = replace(
     steps=600,
     degree=0,
     rates=fit.MINI.rates,
-    densify=replace(fit.MINI.densify, stop=450),
+    densify=replace(SCENE.densify, every=50, start=100, stop=450),
 )
 
 
