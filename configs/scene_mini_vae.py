@@ -3,9 +3,9 @@
 Command:  python -m v3d_jax.render MESHES... --out data/rooms --size 256 --views 18 --scenes 8000
           --heldout v3d_jax/assets/heldout.txt
           python -m v3d_jax.train configs/scene_mini_vae.py --data.path data/rooms
-Hardware: written for one H100 or H200
-Hours:    not run
-Result:   not run
+Hardware: one H200
+Hours:    0.1 for 2,500 steps, 125 to 139 clips of 6 frames a second; not run to its end
+Result:   28.1 dB over four held-out rooms after 2,500 steps
 
 The mini's has seen objects on white: three rooms come back with 11, 16 and 22 dB, their colours and
 borders lost. The model is in runs/scene_mini_vae/model, and takes frames alone as the mini's does.
