@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from v3d_jax import errors, render
+from v3d_jax import console, errors, render
 from v3d_jax.data import finder, orbits, png, turntable
 from v3d_jax.mesh import surface
 
@@ -174,6 +174,14 @@ def test_static_sizes_are_few_and_large_enough():
 def test_bad_settings_are_refused_before_anything_is_read(meshes, tmp_path, more, message):
     with pytest.raises(errors.UserError, match=message):
         render.main(arguments(meshes, tmp_path / "out", *more))
+
+
+def test_programs_are_kept_for_parts_and_for_the_next_run(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(console, "enable_cache", lambda: calls.append("cache"))
+    monkeypatch.setattr(render, "_render_meshes", lambda args: calls.append("render"))
+    render.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert calls == ["cache", "render"]
 
 
 def test_bad_paths_are_refused(meshes, tmp_path):

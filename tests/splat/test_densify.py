@@ -88,7 +88,7 @@ def test_relocation_draws_by_opacity(key, unit):
     told = densify.relocate(key, scene, 0.005, pull=pull)
     strong = np.asarray(told.gaussians.means)[:9000, 0] >= 9500
     share = 0.8 if unit is None else 2 / 3
-    assert strong.mean() == pytest.approx(share, abs=5 * math.sqrt(0.25 / 9000))
+    assert strong.mean() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 9000))
 
 
 def test_relocation_keeps_the_image(half_dead, key):

@@ -125,8 +125,7 @@ MINI = GeneratorConfig(
 )
 # Rooms reach beyond any cube around the path, so samples are spread in disparity.
 SCENE_512 = scene(V3D_512, PixelNeRFConfig(sampling="disparity"))
-# A room has detail everywhere, an object half of its picture white: four latent channels of so
-# small an autoencoder would lose more than the views do.
+# A room has detail everywhere, where half of an object's picture is white: more latent channels.
 SCENE_MINI = scene(
     MINI,
     PixelNeRFConfig(

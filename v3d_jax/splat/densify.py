@@ -5,9 +5,9 @@ show move onto ones that do, drawn by opacity, which share their opacity and siz
 stays (section 3.3, eq. 9); and means take a random step that grows as a Gaussian fades (eq. 8), so
 that the unused explore. All shapes are static.
 
-Copies in one place learn the same and stay one for long: the random step is for what is faint.
-Where `split` says so they are drawn apart, from the Gaussian that they were, as 3DGS splits one
-(section 5.2).
+Copies in one place have nearly the same gradient, and the random step is for what is faint. Where
+`split` says so they are drawn apart, from the Gaussian that they were, as 3DGS splits one (section
+5.2).
 
 Axes: n Gaussian, q point of a quadrature.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from v3d_jax.splat.gaussians import Gaussians
-from v3d_jax.splat.project import rotation_rows
+from v3d_jax.splat.project import Rows, rotation_rows
 
 # Midpoint rule for the integral in `share`: at this spacing it is exact to float32.
 _SPACING, _POINTS = 0.125, 40
@@ -113,7 +113,7 @@ def relocate(
     changed = chosen | moving
     if split:
         noise = jax.random.normal(jax.random.fold_in(key, 1), placed.means.shape)
-        apart = _turned(placed, split * placed.scales * noise)
+        apart = _turned(rotation_rows(placed.rotations), split * placed.scales * noise)
         means = placed.means + jnp.where(changed[:, None], apart, 0.0)
         placed = placed._replace(means=means)
     return Relocation(placed, changed, moving.sum(dtype=jnp.int32))
@@ -132,10 +132,9 @@ def exploration(
     rows = rotation_rows(gaussians.rotations)
     # R S^2 R^T noise, a component at a time: no matrix unit rounds it.
     along = [sum(rows[i][j] * noise[:, i] for i in range(3)) for j in range(3)]
-    return _turned(gaussians, jnp.square(gaussians.scales) * jnp.stack(along, axis=1))
+    return _turned(rows, jnp.square(gaussians.scales) * jnp.stack(along, axis=1))
 
 
-def _turned(gaussians: Gaussians, along: Float[Array, "n 3"]) -> Float[Array, "n 3"]:
+def _turned(rows: Rows, along: Float[Array, "n 3"]) -> Float[Array, "n 3"]:
     """Offsets along the Gaussians' axes as offsets in the world."""
-    rows = rotation_rows(gaussians.rotations)
     return jnp.stack([sum(rows[i][j] * along[:, j] for j in range(3)) for i in range(3)], axis=1)
