@@ -14,7 +14,8 @@ if PLATFORM == "cpu":
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_platforms", PLATFORM)
+# Some tests lay programs for GPUs out over several devices, of which CPUs can be simulated.
+jax.config.update("jax_platforms", "cpu" if PLATFORM == "cpu" else f"{PLATFORM},cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(

@@ -96,7 +96,7 @@ def test_cudnn_gets_queries_and_keys_that_lie_alike(monkeypatch, sequences, part
         return attention.attention(*arrays, impl="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", seen)
-    q, k, v, _ = inputs(sequences, 4, 4, 2, 8)
+    q, k, v, _ = inputs(sequences, 4, 6, 2, 8)
     plain = attention.attention(q, k, v, impl="xla")
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=axis_types)

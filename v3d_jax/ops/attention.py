@@ -107,7 +107,7 @@ def _chunked(
     return jnp.moveaxis(out, 0, 1).reshape(b, chunks * size, h, d)[:, :n]
 
 
-def _split_alike(*arrays: Float[Array, "b #n h d"]) -> list[Array]:
+def _split_alike(*arrays: Float[Array, "b _ h d"]) -> list[Array]:
     """The arrays split by sequence over as many devices of the mesh in context as divide them.
 
     cuDNN's partitioner refuses queries and keys that lie differently, as those of frames and of a
