@@ -2,13 +2,15 @@
 
     python benchmarks/input.py --clips-per-s 168
     python benchmarks/input.py --data data/orbits --batch 32 --threads 1 4 8 --workers 0 4
+    python benchmarks/input.py --data data/rooms --sources 3
 
 Without --data a synthetic data set of --orbits noisy discs of --size pixels is written to a
-temporary folder: noise compresses badly, so real frames are read faster. Three kinds of clips are
-measured: latents in memory, the same with --pictures decoded frames a clip, and whole clips decoded
-from PNG. One table row each: median clips a second over the batches after warm-up, megabytes a
-second of what a batch holds, and with --clips-per-s (that host's share of the training's speed, as
-its log.csv has it) how many times faster than the step the loader is. Below 1 the step waits.
+temporary folder: noise compresses badly, so real frames are read faster. Four kinds of clips are
+measured: latents in memory, the same with --pictures decoded frames a clip, with 1 to --sources
+source views beside these (as a scene model learns from), and whole clips decoded from PNG. One
+table row each: median clips a second over the batches after warm-up, megabytes a second of what a
+batch holds, and with --clips-per-s (that host's share of the training's speed, as its log.csv has
+it) how many times faster than the step the loader is. Below 1 the step waits.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from v3d_jax.data import latents, loader, orbits, png
+from v3d_jax.data import latents, loader, orbits, png, posed
 
 VIEWS = 18
 
@@ -35,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="clips of this host")
     parser.add_argument("--frames", type=int, default=18, help="of a clip")
     parser.add_argument("--pictures", type=int, default=1, help="decoded frames beside latents")
+    parser.add_argument("--sources", type=int, default=3, help="source views of a scene, at most")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="processes")
     parser.add_argument("--batches", type=int, default=30)
@@ -47,6 +50,9 @@ def synthetic(path: Path, count: int, size: int) -> None:
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size] / (size - 1) - 0.5
     disc = (np.hypot(x, y) < 0.4).astype(np.uint8)[..., None]
+
+    cameras = np.tile(np.eye(4, dtype=np.float32), (VIEWS, 1, 1))
+    cameras[:, 0, 3] = 0.1 * np.arange(VIEWS)  # those of scenes are not at one place
 
     def frame() -> bytes:
         noise = rng.integers(0, 8, (size, size, 3), dtype=np.uint8)
@@ -61,7 +67,7 @@ def synthetic(path: Path, count: int, size: int) -> None:
                     name=f"disc-{number}",
                     variant=0,
                     frames=[frame() for _ in range(VIEWS)],
-                    world_to_camera=np.tile(np.eye(4, dtype=np.float32), (VIEWS, 1, 1)),
+                    world_to_camera=cameras,
                     intrinsics=np.tile(np.eye(3, dtype=np.float32), (VIEWS, 1, 1)),
                     azimuths=np.arange(VIEWS, dtype=np.float32) * (360 / VIEWS),
                     elevation=0.0,
@@ -114,9 +120,11 @@ def main() -> None:
             synthetic(path, args.orbits, args.size)
         source = orbits.source(path)
         frames, cache = loader.FrameClips(source), in_memory(source)
+        scenes = posed.PosedClips([cache], posed.SourceConfig(1, args.sources))
         kinds = (
             ("latents in memory", cache, 0),
             (f"latents, {args.pictures} pictures a clip", cache, args.pictures),
+            (f"the same and up to {args.sources} sources", scenes, args.pictures),
             ("PNG frames", frames, 0),
         )
         print(f"{len(source)} orbits of {source.views} views, {source.size} pixels")

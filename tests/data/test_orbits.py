@@ -2,6 +2,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,6 +32,24 @@ def test_splits_are_apart(orbit_folder, noise_orbits):
 def test_a_source_can_be_sent_to_another_process(orbit_folder, noise_orbits):
     copy = pickle.loads(pickle.dumps(orbits.source(orbit_folder)))
     assert copy[4].frames == noise_orbits[4].frames
+
+
+def test_a_record_is_read_once_for_all_that_a_thread_wants_of_it(orbit_folder, monkeypatch):
+    source = orbits.source(orbit_folder)
+    records, read = source._records, []
+
+    class Counted:
+        def __getitem__(self, index):
+            read.append(index)
+            return records[index]
+
+    monkeypatch.setattr(source, "_records", Counted())
+    first = source[0]
+    assert source[0] is first
+    assert source[1].frames != first.frames
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: source[1].frames).result() == source[1].frames
+    assert read == [0, 1, 1]
 
 
 def test_more_records_than_a_shard_holds(tmp_path, monkeypatch, noise_orbits):

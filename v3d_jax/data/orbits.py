@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,6 +50,16 @@ class Orbit(NamedTuple):
     elevation: float
 
 
+class _Last(threading.local):
+    """The record that a thread read last."""
+
+    index: int | None = None
+    record: Orbit | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Last, ()
+
+
 class Source:
     """Random access to the records of one split; picklable, and safe to read from threads."""
 
@@ -71,12 +82,17 @@ class Source:
         self.size: int = metadata["size"]
         self.digest: str = metadata["digest"]
         self._records = builder.as_data_source(split=split)
+        # Of a clip first one thing is wanted and then another. Parsing holds Python's lock, so that
+        # a second time costs all threads.
+        self._last = _Last()
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Orbit:
         """Raises UserError for a record that is damaged."""
+        if self._last.index == index and self._last.record is not None:
+            return self._last.record
         try:
             record = self._records[int(index)]
         except Exception as error:  # of the file format or of what the record holds
@@ -85,7 +101,7 @@ class Source:
                 f"record {int(index)} of {self.split!r} in {self.path} is damaged ({text}): "
                 "render or copy the data set again"
             ) from error
-        return Orbit(
+        found = Orbit(
             name=record["name"].decode(),
             variant=int(record["variant"]),
             frames=list(record["frames"]),
@@ -94,6 +110,8 @@ class Source:
             azimuths=record["azimuths"],
             elevation=float(record["elevation"]),
         )
+        self._last.index, self._last.record = index, found
+        return found
 
 
 def pixels(orbit: Orbit, views: Iterable) -> UInt8[np.ndarray, "k h w 3"]:

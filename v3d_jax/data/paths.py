@@ -92,7 +92,7 @@ def rotation(turn: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
 
 def centres(world_to_camera: Poses) -> Float[np.ndarray, "t 3"]:
     """Where cameras are."""
-    return np.stack([poses.inverse(pose)[:3, 3] for pose in world_to_camera])
+    return -np.einsum("tji,tj->ti", world_to_camera[:, :3, :3], world_to_camera[:, :3, 3])
 
 
 def common_point(world_to_camera: Float[np.ndarray, "v 4 4"]) -> Float[np.ndarray, "3"] | None:
