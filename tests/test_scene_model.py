@@ -45,7 +45,7 @@ def test_what_starts_from_an_object_model_makes_its_frames(models, key):
     params = {"autoencoder": folder.load(models / "object").params["autoencoder"], **begun}
     params = {**params, "autoencoder": nnx.to_pure_dict(params["autoencoder"])}
     views = tiny_scene.views()
-    condition = scene_condition(SETTINGS, params, views, tiny_scene.cameras(), key)
+    condition = scene_condition(SETTINGS, params, views, tiny_scene.cameras(), key).condition
     assert float(jnp.std(condition.features)) > 0.01
 
     alone = dataclasses.replace(SETTINGS, generator=tiny_generator.CONFIG)
@@ -95,6 +95,21 @@ def test_frames_follow_the_cameras_and_the_views(key):
     np.testing.assert_array_equal(make(SETTINGS, params, hidden, targets, key), fewer)
 
 
+def test_frames_are_decoded_and_then_finished(key):
+    params, targets, views = tiny_scene.params(), tiny_scene.cameras(), tiny_scene.views()
+    made = scene_condition(SETTINGS, params, views, targets, pipeline.split_key(key)[0])
+    sample = fixtures.jit(pipeline.sample_latents, static_argnums=0)
+    latents = sample(SETTINGS, params, made.condition, pipeline.split_key(key)[1])
+    decoded = fixtures.jit(pipeline.decode, static_argnums=0)(SETTINGS, params, latents)
+    finish = fixtures.jit(pipeline.finish, static_argnums=0)
+    wanted = finish(SETTINGS, params, decoded, views, targets, made.disparity)
+    assert float(jnp.abs(wanted - decoded).max()) > 0.05
+    found = fixtures.jit(pipeline.views_to_frames, static_argnums=0)(
+        SETTINGS, params, views, targets, key
+    )
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow  # both together
 @pytest.mark.parametrize("changes", [{"low_memory": True}, {"devices": 2}])
 def test_branches_in_turn_and_on_devices_of_their_own_make_the_same_frames(key, changes):
@@ -114,7 +129,7 @@ def test_scenes_have_no_azimuth():
 
 def test_both_branches_of_guidance_have_the_cameras(key):
     views, targets = tiny_scene.views(), tiny_scene.cameras()
-    made = scene_condition(SETTINGS, tiny_scene.params(), views, targets, key)
+    made = scene_condition(SETTINGS, tiny_scene.params(), views, targets, key).condition
     both = guidance.branches(made, pipeline.frame_scale(SETTINGS)).condition
     np.testing.assert_array_equal(both.features[0], both.features[1])
     assert float(jnp.abs(both.latent[0]).max()) == 0.0

@@ -23,6 +23,7 @@ CONFIG = generator.scene(
         carried=("colors", "latents"),
         hidden=24,
         features=6,
+        blend=4,
     ),
 )
 

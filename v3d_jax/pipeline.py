@@ -55,6 +55,13 @@ class ConditioningConfig:
     elevation: float = 0.0
 
 
+class SceneCondition(NamedTuple):
+    """What a scene model is conditioned on, and how near is what its frames show."""
+
+    condition: Condition
+    disparity: Float[Array, "b t i j"]  # 1 / depth
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything static about a run.
@@ -170,7 +177,7 @@ def scene_condition(
     views: pixelnerf.Views,
     targets: camera.Camera,
     key: Key[Array, ""],
-) -> Condition:
+) -> SceneCondition:
     """What a scene model is conditioned on: its first source view, and features of the targets.
 
     `targets` [b, t] are the cameras of the frames, the first of them that of the first view. They
@@ -181,7 +188,8 @@ def scene_condition(
     if "latents" in network.pixelnerf.config.carried:
         views = views._replace(latents=view_latents(settings, network, views.images))
     rendering = network.pixelnerf(views, targets, size)
-    return condition._replace(features=rendering.features)
+    condition = condition._replace(features=rendering.features)
+    return SceneCondition(condition, rendering.disparity)
 
 
 def view_latents(
@@ -344,9 +352,23 @@ def views_to_frames(
 ) -> Float[Array, "b t h w 3"]:
     """Frames of scenes from the cameras `targets`, of which `scene_condition` says more."""
     condition_key, noise_key = split_key(key)
-    condition = scene_condition(settings, params, views, targets, condition_key)
-    latents = sample_latents(settings, params, condition, noise_key)
-    return decode(settings, params, latents)
+    made = scene_condition(settings, params, views, targets, condition_key)
+    latents = sample_latents(settings, params, made.condition, noise_key)
+    frames = decode(settings, params, latents)
+    return finish(settings, params, frames, views, targets, made.disparity)
+
+
+def finish(
+    settings: Settings,
+    params: Any,
+    frames: Float[Array, "b t h w 3"],
+    views: pixelnerf.Views,
+    targets: camera.Camera,
+    disparity: Float[Array, "b t i j"],
+) -> Float[Array, "b t h w 3"]:
+    """Decoded frames of a scene with what its views show of them, where the model does that."""
+    network, frames = networks(settings, params).pixelnerf, images.to_network(frames)
+    return images.from_network(network.finish(frames, views, targets, disparity))
 
 
 def split_key(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:

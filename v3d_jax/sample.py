@@ -185,10 +185,10 @@ def _run_scene(args: SampleArgs) -> Path:
         params = pipeline.read_params(settings, unread, bar.update)
     condition_key, noise_key = pipeline.split_key(jax.random.key(args.seed))
     with console.progress(seconds, "encode", 1) as bar:
-        condition = _encode_scene(settings, params, prepared.views, prepared.targets, condition_key)
-        jax.block_until_ready(condition)
+        cameras = (prepared.views, prepared.targets)
+        seen = jax.block_until_ready(_encode_scene(settings, params, *cameras, condition_key))
         bar.update()
-    frames = draw(settings, params, condition, noise_key, seconds)
+    frames = draw(settings, params, seen.condition, noise_key, seconds, *cameras, seen.disparity)
     frames = frames[: len(prepared.cameras.width)]
     generated = sum(seconds[stage] for stage in ("encode", "sample", "decode"))
     made, splats, failure = [f"{len(frames)} frames in {generated:.1f} s"], None, None
@@ -269,8 +269,12 @@ def draw(
     condition: Any,
     noise_key: Any,
     seconds: dict[str, float],
+    *scene: Any,
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Samples and decodes the frames of one condition; as `generate` in all else."""
+    """Samples and decodes the frames of one condition; as `generate` in all else.
+
+    Of a scene its views, the cameras of the frames and their disparity are given as well.
+    """
     trajectory, levels = pipeline.begin(settings, 1, noise_key)
     with console.progress(seconds, "sample", len(levels) - 1) as bar:
         for step in range(len(levels) - 1):
@@ -278,7 +282,10 @@ def draw(
             jax.block_until_ready(trajectory)
             bar.update()
     with console.progress(seconds, "decode", 1) as bar:
-        frames = np.asarray(_decode(settings, params, trajectory.x)[0])
+        decoded = _decode(settings, params, trajectory.x)
+        if scene:
+            decoded = _finish(settings, params, decoded, *scene)
+        frames = np.asarray(decoded[0])
         bar.update()
     if not np.isfinite(frames).all():
         raise errors.UserError("the model gave NaN: try --activations float32, or another --seed")
@@ -293,12 +300,13 @@ def _encode(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=compiling.OPTIONS)
 def _encode_scene(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
-    condition = pipeline.scene_condition(settings, params, *given)
-    return pipeline.branch(settings, params, condition)
+    made = pipeline.scene_condition(settings, params, *given)
+    return made._replace(condition=pipeline.branch(settings, params, made.condition))
 
 
 _advance = jax.jit(pipeline.advance, static_argnums=0, compiler_options=compiling.OPTIONS)
 _decode = jax.jit(pipeline.decode, static_argnums=0, compiler_options=compiling.OPTIONS)
+_finish = jax.jit(pipeline.finish, static_argnums=0, compiler_options=compiling.OPTIONS)
 
 
 def describe(

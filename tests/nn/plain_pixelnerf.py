@@ -76,15 +76,17 @@ def distances(config, target_rays):
 
 
 def render(config: pixelnerf.PixelNeRFConfig, params, views, targets, size):
-    """Features and colours [h w, c] of one frame, and how many views saw its samples [h w, s]."""
+    """Of one frame features and colours [h w, c], disparity [h w, 1], views of samples [h w, s]."""
     target_rays = list(frame_rays(*targets, size))
-    outs, counts = [], []
+    outs, nears, counts = [], [], []
     for (origin, direction), along in zip(target_rays, distances(config, target_rays), strict=True):
         at = [known(config, views, origin + t * direction) for t in along]
         samples = mlp(params["sample"], np.stack([x for x, _ in at]))
         weight = np.exp(samples[:, -1] - samples[:, -1].max())
         out = mlp(params["ray"], weight @ samples[:, :-1] / weight.sum())
         outs.append(np.concatenate([out[3:], 1 / (1 + np.exp(-out[:3]))]))
+        depths = [targets[0][2] @ [*(origin + t * direction), 1.0] for t in along]
+        nears.append([weight @ (1 / np.asarray(depths)) / weight.sum()])
         counts.append([count for _, count in at])
     outs = np.stack(outs)
-    return outs[:, :-3], outs[:, -3:], np.asarray(counts)
+    return outs[:, :-3], outs[:, -3:], np.asarray(nears), np.asarray(counts)

@@ -101,7 +101,7 @@ def plain_params(params):
 
 
 def plain_render(config, params, source, targets, size):
-    """Every frame by the plain renderer; returns features, colours and counts."""
+    """Every frame by the plain renderer; returns features, colours, disparities and counts."""
     found = []
     for clip in range(targets.width.shape[0]):
         for frame in range(targets.width.shape[1]):
@@ -134,11 +134,12 @@ def test_equals_the_plain_renderer(config):
     source, targets = make_source(valid=5), make_targets()
     found = render(params, source, targets, SIZE)
     assert found.features.shape == (CLIPS, FRAMES, *SIZE, 5)
-    features, rgb, counts = plain_render(config, plain_params(params), source, targets, SIZE)
+    features, rgb, near, counts = plain_render(config, plain_params(params), source, targets, SIZE)
     # All cases occur: samples that no view sees, one, and several.
     assert {0, 1, 2, 3} <= set(counts.ravel().tolist())
     np.testing.assert_allclose(found.features, features, atol=2e-4)
     np.testing.assert_allclose(found.rgb, rgb, atol=2e-4)
+    np.testing.assert_allclose(found.disparity, near[..., 0], atol=2e-4)
     assert features.std(axis=(0, 1, 2, 3)).min() > 0.02
 
 
@@ -149,7 +150,7 @@ def test_any_number_of_views_is_padded_into_one_program(views):
     source, targets = make_source(valid=views), make_targets()
     found = render(params, source, targets, SIZE)
     first = jax.tree.map(lambda x: x[:1, :1], targets)
-    features, rgb, _ = plain_render(CUBE, plain_params(params), source, first, SIZE)
+    features, rgb, *_ = plain_render(CUBE, plain_params(params), source, first, SIZE)
     np.testing.assert_allclose(found.features[:1, :1], features, atol=2e-4)
     np.testing.assert_allclose(found.rgb[:1, :1], rgb, atol=2e-4)
 
@@ -298,11 +299,12 @@ def test_gradients_are_finite_differences_of_the_plain_renderer():
     source = make_source(views=4, valid=3)
     source = source._replace(maps=jnp.nan_to_num(source.maps))
     targets = make_targets(frames=1)
-    weight = fixtures.draw(8, (CLIPS, 1, *SIZE, 5)), fixtures.draw(9, (CLIPS, 1, *SIZE, 3))
+    shapes = ((5,), (3,), ())
+    weight = [fixtures.draw(8 + i, (CLIPS, 1, *SIZE, *tail)) for i, tail in enumerate(shapes)]
 
     def loss(params, maps):
         out = nnx.merge(graphdef, params).render(source._replace(maps=maps), targets, SIZE)
-        return jnp.sum(weight[0] * out.features) + jnp.sum(weight[1] * out.rgb)
+        return sum(jnp.sum(w * x) for w, x in zip(weight, out, strict=True))
 
     grads = fixtures.jit(jax.grad(loss, (0, 1)))(params, source.maps)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
@@ -310,8 +312,9 @@ def test_gradients_are_finite_differences_of_the_plain_renderer():
 
     def plain(params, maps):
         moved = source._replace(maps=maps)
-        features, rgb, _ = plain_render(config, params, moved, targets, SIZE)
-        return np.sum(weight[0] * features) + np.sum(weight[1] * rgb)
+        features, rgb, near, _ = plain_render(config, params, moved, targets, SIZE)
+        shown = np.sum(weight[0] * features) + np.sum(weight[1] * rgb)
+        return shown + np.sum(weight[2] * near[..., 0])
 
     start = (plain_params(params), np.asarray(source.maps, np.float64))
     rng = np.random.default_rng(0)

@@ -139,6 +139,7 @@ SCENE_MINI = scene(
         carried=("colors", "latents"),
         hidden=64,
         features=48,
+        blend=16,
     ),
     latent_channels=16,
 )

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from v3d_jax.nn import layers, resunet
+from v3d_jax.nn import blend, layers, resunet
 from v3d_jax.ops import image, rays, view_moments
 from v3d_jax.ops.camera import Camera
 from v3d_jax.parallel import sharding
@@ -46,8 +46,9 @@ class PixelNeRFConfig:
     which suits scenes in the cube, or as the first view has it (`in_view`), which tells a single
     picture's features how far away a sample is. `carried` is what of the pictures themselves stands
     in the place of the last features, which need not learn to keep it: their colours, their latents
-    (`Views.latents`). `rays_at_once` of every clip are computed together: memory follows it, times
-    samples, views and clips, and not the number of frames.
+    (`Views.latents`). With `blend` > 0 a network of so many channels puts the source pictures into
+    decoded frames (`finish`). `rays_at_once` of every clip are computed together: memory follows
+    it, times samples, views and clips, and not the number of frames.
     """
 
     encoder: resunet.ResUNetConfig = dataclasses.field(default_factory=resunet.ResUNetConfig)
@@ -60,6 +61,7 @@ class PixelNeRFConfig:
     carried: tuple[Literal["colors", "latents"], ...] = ()
     hidden: int = 128
     features: int = 128
+    blend: int = 0
     rays_at_once: int = 512
 
     @property
@@ -90,10 +92,11 @@ class Source(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """What the target frames show."""
+    """What the target frames show; `disparity` is 1 / depth along a frame's axis."""
 
     features: Float[Array, "b t h w c"]
     rgb: Float[Array, "b t h w 3"]
+    disparity: Float[Array, "b t h w"]
 
 
 class MLP(nnx.Module):
@@ -121,14 +124,14 @@ class Renderer(nnx.Module):
 
     def __call__(
         self, known: Float[Array, "*n s i"]
-    ) -> tuple[Float[Array, "*n c"], Float[Array, "*n 3"]]:
-        """Weights are a softmax over the samples, not of density and transmittance."""
+    ) -> tuple[Float[Array, "*n c"], Float[Array, "*n 3"], Float[Array, "*n s"]]:
+        """Also the samples' weights: a softmax, not of density and transmittance."""
         found = self.sample(known.astype(self.dtype))
         weight = nnx.softmax(found[..., -1].astype(jnp.float32), axis=-1)
         found = found[..., :-1].astype(jnp.float32)
         mean = jnp.einsum("...s,...sc->...c", weight, found, precision="highest")
         out = self.ray(mean.astype(self.dtype))
-        return out[..., 3:], nnx.sigmoid(out[..., :3].astype(jnp.float32))
+        return out[..., 3:], nnx.sigmoid(out[..., :3].astype(jnp.float32)), weight
 
 
 class PixelNeRF(nnx.Module):
@@ -139,6 +142,8 @@ class PixelNeRF(nnx.Module):
         settings = {"dtype": dtype, "rngs": layers.Keys(rngs.params())}
         self.encoder = resunet.ResUNet(config.encoder, **settings)
         self.renderer = Renderer(config, **settings)
+        if config.blend:
+            self.blend = blend.Blend(config.blend, **settings)
 
     def __call__(
         self, views: Views, targets: Camera, size: tuple[int, int], key: jax.Array | None = None
@@ -179,7 +184,10 @@ class PixelNeRF(nnx.Module):
 
         def render_part(params, source, wide, key, part, index):
             key = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graphdef, params)(_sample(config, source, wide, part, key))
+            known, distances = _sample(config, source, wide, part, key)
+            features, rgb, weight = nnx.merge(graphdef, params)(known)
+            near = jnp.sum(weight / jnp.maximum(distances, rays.NEAREST), axis=-1, keepdims=True)
+            return features, rgb, near
 
         # Within a loop nothing needs to keep the compiler from merging the two computations.
         render_part = jax.checkpoint(render_part, prevent_cse=False)
@@ -187,8 +195,37 @@ class PixelNeRF(nnx.Module):
             lambda xs: render_part(params, source, wide, key, *xs),
             (parts, jnp.arange(parts[0].shape[0])),
         )
-        features, rgb = (_whole(x, (clips, frames, *size)) for x in found)
-        return Rendering(sharding.pin_clips(features), sharding.pin_clips(rgb))
+        features, rgb, near = (sharding.pin_clips(_whole(x, (clips, frames, *size))) for x in found)
+        axis = targets.world_to_camera[..., 2, :3]
+        ahead = jnp.einsum("bthwi,bti->bthw", target.directions, axis, precision="highest")
+        return Rendering(features, rgb, near[..., 0] / ahead)
+
+    def finish(
+        self,
+        frames: Float[Array, "b k H W 3"],
+        views: Views,
+        targets: Camera,
+        disparity: Float[Array, "b k h w"],
+    ) -> Float[Array, "b k H W 3"]:
+        """Decoded frames in [-1, 1] with what the views' pictures show of them (`blend`).
+
+        `disparity` is that of the frames' `Rendering`, `targets` [b, k] are their cameras; the
+        pictures have the frames' size. Without `blend` frames stay as they are.
+        """
+        if not self.config.blend:
+            return frames
+        graphdef, params = nnx.split(self.blend)
+
+        def one_frame(params: Any, frame: Any, target: Camera, disparity: Any) -> Any:
+            warped = blend.warp(views.images, views.cameras, views.valid, target, disparity)
+            return nnx.merge(graphdef, params)(frame, warped)
+
+        # One after the other: at full size every frame has a picture of every view.
+        alone = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], (frames, targets, disparity)
+        )
+        found = jax.lax.map(lambda xs: one_frame(params, *xs), alone)
+        return sharding.pin_clips(jnp.moveaxis(found[:, :, 0], 0, 1))
 
     def _span(self, target: rays.Rays) -> tuple[Float[Array, "b t h w"], Float[Array, "b t h w"]]:
         """The distances between which rays are sampled."""
@@ -208,8 +245,11 @@ def _sample(
     wide: Float[Array, "b v i j c"],
     part: Part,
     key: jax.Array | None,
-) -> Float[Array, "b n s k"]:
-    """What is known of every sample of some rays; `wide` takes the gradient of the maps."""
+) -> tuple[Float[Array, "b n s k"], Float[Array, "b n s"]]:
+    """What is known of every sample of some rays, and how far away each is.
+
+    `wide` takes the gradient of the maps.
+    """
     origins, directions, enter, leave = part
     jitter = None
     if key is not None:
@@ -227,7 +267,7 @@ def _sample(
         known.append(sinusoids(points))
     if config.position == "view":
         known.append(sinusoids(in_view(source.cameras, points)))
-    return jnp.concatenate(known, axis=-1)
+    return jnp.concatenate(known, axis=-1), distances
 
 
 def look_up(

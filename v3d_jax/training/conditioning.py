@@ -32,12 +32,20 @@ class ConditionConfig:
     motion_bucket_id: float = 300.0
 
 
+# Decoded frames [b k h w 3] in [-1, 1] and their places [b k] in the clips, to frames as sampled.
+Finish = Callable[[Array, Array], Array]
+
+
 class Conditioned(NamedTuple):
-    """What conditions a batch, and what making it adds to the loss and to the metrics."""
+    """What conditions a batch, and what making it adds to the loss and to the metrics.
+
+    `finish` is what sampling does with decoded frames, if anything.
+    """
 
     condition: guidance.Condition
     loss: Float[Array, ""] | float
     metrics: Metrics
+    finish: Finish | None = None
 
 
 Conditioner = Callable[[generator.Generator, Any, Key[Array, ""], ConditionConfig], Conditioned]

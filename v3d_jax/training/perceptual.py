@@ -88,8 +88,12 @@ def distances(
     *,
     decode_clean: Callable[[Array], Array] | None = None,
     pictures: Pictures | None = None,
+    finish: Callable[[Array, Array], Array] | None = None,
 ) -> Distances:
     """Between decoded frames, or these and `pictures`; `decode` takes clips of unscaled latents.
+
+    `finish` is what becomes of denoised frames [b k h w 3] once they are decoded, given their
+    places in the clips.
 
     Each clip has its own frames. Frame 0, the input view, is one of them only with `pictures` or
     with `decode_clean`, the decoder that is the measure where `decode` learns: frames that are
@@ -111,7 +115,11 @@ def distances(
         one_frame_clips = picked.reshape(-1, 1, *latents.shape[2:])
         return decode(one_frame_clips)[:, 0]
 
-    images = _shrink(chosen(denoised, decode), config.shrink)
+    images = chosen(denoised, decode)
+    if finish is not None:
+        clips = images.reshape(*places.shape, *images.shape[1:])
+        images = finish(clips, places).reshape(images.shape)
+    images = _shrink(images, config.shrink)
     if pictures is None:
         target = chosen(clean, decode_clean or decode)
     else:

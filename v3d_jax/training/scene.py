@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from v3d_jax import errors
 from v3d_jax.data import posed
@@ -96,8 +96,16 @@ def condition(
     rendering = model.pixelnerf(views, targets, size, jitter_key)
     rgb = jnp.mean(pixelnerf.rgb_loss(rendering.rgb, batch["small"].astype(jnp.float32) / 255.0))
     made = conditioning.make(model, batch, condition_key, config)
+
+    def finish(frames: Float[Array, "b k h w 3"], places: Int[Array, "b k"]) -> Any:
+        cameras = jax.tree.map(lambda x: _at(x, places), targets)
+        return model.pixelnerf.finish(frames, views, cameras, _at(rendering.disparity, places))
+
     return conditioning.Conditioned(
-        made._replace(features=rendering.features), scene_config.rgb_weight * rgb, {"rgb": rgb}
+        made._replace(features=rendering.features),
+        scene_config.rgb_weight * rgb,
+        {"rgb": rgb},
+        finish if model.config.pixelnerf.blend else None,
     )
 
 

@@ -22,7 +22,7 @@ from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion import loss as edm
 from v3d_jax.nn import autoencoder as autoencoders
 from v3d_jax.nn import generator
-from v3d_jax.ops import metrics
+from v3d_jax.ops import image, metrics
 from v3d_jax.parallel import sharding
 from v3d_jax.state import Loss, Metrics, Params
 from v3d_jax.training import cached, conditioning, objective, perceptual
@@ -115,10 +115,10 @@ def build(
 
     def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
         merged = pipeline.networks(settings, whole(params, frozen))
-        condition = kind.condition(merged, batch, key, condition_config).condition
-        images, psnr = samples(settings, whole(params, frozen), batch, condition, key)
+        made = kind.condition(merged, batch, key, condition_config)
+        images, psnr = samples(settings, whole(params, frozen), batch, made, key)
         clips = batch["latents"].astype(jnp.float32)
-        losses = fixed_noise_loss(merged, clips, condition, key, loss_config)
+        losses = fixed_noise_loss(merged, clips, made.condition, key, loss_config)
         return images, {"psnr": psnr, "loss": losses}
 
     def export(path: Path, params: Params, metadata: dict[str, Any], dtype: FloatName) -> None:
@@ -256,6 +256,7 @@ def video_loss(
                 if "pictures" in batch
                 else None
             ),
+            finish=made.finish,
         )
         found["lpips"] = seen_frames.lpips
         term = seen_frames.lpips
@@ -273,7 +274,7 @@ def samples(
     settings: pipeline.Settings,
     params: Params,
     batch: Any,
-    condition: guidance.Condition,
+    made: conditioning.Conditioned,
     key: Key[Array, ""],
 ) -> tuple[Float[Array, "r t h w 3"], Float[Array, " b"]]:
     """Rows of clips, each above its sample from the same input view, and every sample's PSNR.
@@ -285,10 +286,13 @@ def samples(
     def decode(clip: Float[Array, "t h w c"]) -> Float[Array, "t H W 3"]:
         return pipeline.decode(settings, params, clip[None])[0]
 
-    drawn = pipeline.sample_latents(settings, params, condition, key)
+    drawn = pipeline.sample_latents(settings, params, made.condition, key)
     truth, sample = (
         jax.lax.map(decode, clips) for clips in (batch["latents"].astype(jnp.float32), drawn)
     )
+    if made.finish is not None:
+        places = jnp.broadcast_to(jnp.arange(sample.shape[1]), sample.shape[:2])
+        sample = image.from_network(made.finish(image.to_network(sample), places))
     rows = jnp.stack([truth, sample], axis=1).reshape(-1, *truth.shape[1:])
     psnr = metrics.psnr(sample[:, 1:], truth[:, 1:])
     return rows, jnp.mean(psnr, axis=1)

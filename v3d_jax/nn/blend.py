@@ -1,0 +1,113 @@
+"""Source pictures in frames: what a source view shows need not be made.
+
+Latents keep little of a picture's detail, and less of it once a UNet has moved them. The PixelNeRF
+knows how far away is what a pixel shows, so every source picture is seen from a frame's camera by
+that distance, and a network gives the decoded frame and each of these pictures a weight at every
+pixel. Not in V3D; image-based rendering with learnt weights as in Deep Blending (Hedman et al.
+2018, section 5), the source views taken alike and as many as there are, as in IBRNet (arXiv
+2102.13090, section 3).
+
+Axes: `b` clip, `v` source view, `k` frame, `i j` latents, `h w` image, `p` picture: the decoded
+frame, then the views. Images are in [-1, 1]. Geometry is float32.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from v3d_jax.nn import layers
+from v3d_jax.ops import image, rays
+from v3d_jax.ops.camera import Camera
+
+KNOWN = 9  # of a pixel of a picture: see `Blend.__call__`
+
+
+class Warped(NamedTuple):
+    """Source views seen from the cameras of frames."""
+
+    pictures: Float[Array, "b k v h w 3"]
+    seen: Bool[Array, "b k v h w"]  # whether the view has the point in its picture
+    turned: Float[Array, "b k v h w"]  # how far apart the two lines of sight are, 0 to 2
+
+
+class Blend(nnx.Module):
+    """Weights of pictures at every pixel, and what they give together."""
+
+    def __init__(self, channels: int, *, dtype: Any, rngs: nnx.Rngs):
+        settings = {"dtype": dtype, "rngs": rngs}
+        self.conv1 = layers.conv(KNOWN, channels, **settings)
+        self.conv2 = layers.conv(2 * channels, channels, padding=2, dilation=2, **settings)
+        self.conv3 = layers.conv(channels, channels, padding=4, dilation=4, **settings)
+        self.conv4 = layers.conv(channels, 1, zero=True, **settings)
+        self.dtype = dtype
+
+    def __call__(
+        self, decoded: Float[Array, "b k h w 3"], warped: Warped
+    ) -> Float[Array, "b k h w 3"]:
+        """Frames as decoded, with the pictures' colours where these fit."""
+        b, k, h, w, _ = decoded.shape
+        flat = jax.tree.map(lambda x: x.reshape(b * k, *x.shape[2:]), warped)
+        frames = decoded.reshape(b * k, 1, h, w, 3).astype(jnp.float32)
+        pictures = jnp.concatenate([frames, flat.pictures], axis=1)
+        seen = jnp.pad(flat.seen, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=True)
+        turned = jnp.pad(flat.turned, ((0, 0), (1, 0), (0, 0), (0, 0)))
+        made = jnp.zeros_like(turned).at[:, 0].set(1.0)
+        known = jnp.concatenate(
+            [
+                pictures,
+                jnp.broadcast_to(frames, pictures.shape),
+                jnp.stack([seen.astype(jnp.float32), made, turned], axis=-1),
+            ],
+            axis=-1,
+        )
+        counts = seen[..., None].astype(self.dtype)
+        x = nnx.relu(self.conv1(known.astype(self.dtype)))
+        mean = jnp.sum(x * counts, axis=1, keepdims=True) / jnp.sum(counts, axis=1, keepdims=True)
+        x = nnx.relu(self.conv2(jnp.concatenate([x, jnp.broadcast_to(mean, x.shape)], axis=-1)))
+        x = nnx.relu(self.conv3(x))
+        score = jnp.where(seen, self.conv4(x)[..., 0].astype(jnp.float32), -jnp.inf)
+        weight = nnx.softmax(score, axis=1)
+        return jnp.sum(weight[..., None] * pictures, axis=1).reshape(decoded.shape)
+
+
+def warp(
+    images: Float[Array, "b v h w 3"],
+    cameras: Camera,  # [b, v]
+    valid: Bool[Array, "b v"],
+    targets: Camera,  # [b, k]
+    disparity: Float[Array, "b k i j"],
+) -> Warped:
+    """The views' pictures from the target cameras, at the size of the pictures.
+
+    `disparity` is 1 / depth along a frame's axis: on a plane it is linear in the frame, so that
+    enlarging it keeps planes. What is hidden from a view is not told from what it sees.
+    """
+    size = images.shape[2:4]
+    # What padding holds, NaN too, reaches no gradient.
+    images = jnp.where(valid[..., None, None, None], images, 0.0)
+    near = image.resize(disparity[..., None], size)[..., 0]
+    own = rays.pixel_rays(targets, size)
+    axis = targets.world_to_camera[..., 2, :3]
+    ahead = jnp.einsum("bkhwi,bki->bkhw", own.directions, axis, precision="highest")
+    points = own.origins + own.directions / (near * ahead)[..., None]
+
+    def one_clip(images, cameras, valid, points, directions):
+        shape = points.shape[:-1]
+        pixels, seen = rays.project(cameras, points.reshape(-1, 3))
+        scale = jnp.stack([cameras.width / size[1], cameras.height / size[0]], axis=-1)
+        pictures = jax.vmap(rays.bilinear)(images, pixels / scale[:, None])
+        centres = -jnp.einsum(
+            "vji,vj->vi", cameras.world_to_camera[:, :3, :3], cameras.world_to_camera[:, :3, 3]
+        )
+        sight = jax.lax.stop_gradient(points)[None] - centres[:, None, None, None]
+        sight = sight / jnp.maximum(jnp.linalg.norm(sight, axis=-1, keepdims=True), rays.NEAREST)
+        turned = jnp.linalg.norm(sight - directions[None], axis=-1)
+        pictures, seen = (x.reshape(-1, *shape, *x.shape[2:]) for x in (pictures, seen))
+        seen = seen & valid[:, None, None, None]
+        pictures = jnp.where(seen[..., None], pictures, 0.0)
+        return Warped(*(jnp.moveaxis(x, 0, 1) for x in (pictures, seen, turned * seen)))
+
+    return jax.vmap(one_clip)(images, cameras, valid, points, own.directions)
