@@ -23,6 +23,7 @@ from v3d_jax.ops import image, rays
 from v3d_jax.ops.camera import Camera
 
 KNOWN = 9  # of a pixel of a picture: see `Blend.__call__`
+_FARTHEST = 1e-3  # disparity, which may not fall to 0 at a border either
 
 
 class Warped(NamedTuple):
@@ -83,12 +84,13 @@ def warp(
     """The views' pictures from the target cameras, at the size of the pictures.
 
     `disparity` is 1 / depth along a frame's axis: on a plane it is linear in the frame, so that
-    enlarging it keeps planes. What is hidden from a view is not told from what it sees.
+    enlarging it keeps planes; it divides the pictures' size. What is hidden from a view is not told
+    from what it sees.
     """
     size = images.shape[2:4]
     # What padding holds, NaN too, reaches no gradient.
     images = jnp.where(valid[..., None, None, None], images, 0.0)
-    near = image.resize(disparity[..., None], size)[..., 0]
+    near = _enlarge(disparity, size)
     own = rays.pixel_rays(targets, size)
     axis = targets.world_to_camera[..., 2, :3]
     ahead = jnp.einsum("bkhwi,bki->bkhw", own.directions, axis, precision="highest")
@@ -111,3 +113,13 @@ def warp(
         return Warped(*(jnp.moveaxis(x, 0, 1) for x in (pictures, seen, turned * seen)))
 
     return jax.vmap(one_clip)(images, cameras, valid, points, own.directions)
+
+
+def _enlarge(disparity: Float[Array, "b k i j"], size: tuple[int, int]) -> Float[Array, "b k h w"]:
+    """Linear between cells' centres and as far beyond the outermost as the picture goes."""
+    rows, columns = disparity.shape[2:]
+    border = ((0, 0), (0, 0), (1, 1), (1, 1))
+    wider = jnp.pad(disparity, border, mode="reflect", reflect_type="odd")[..., None]
+    down, across = size[0] // rows, size[1] // columns
+    large = image.resize(wider, ((rows + 2) * down, (columns + 2) * across))[..., 0]
+    return jnp.maximum(large[..., down:-down, across:-across], _FARTHEST)
