@@ -14,6 +14,7 @@ LAYERS = (
     ("weights", "checkpoint", "data"),
     (
         "pipeline",
+        "scene_pipeline",
         "config",
         "state",
         "training",

@@ -14,7 +14,7 @@ import tiny_scene
 from flax import nnx
 from PIL import Image
 
-from v3d_jax import errors, pipeline, sample, scenes, splatting
+from v3d_jax import errors, pipeline, sample, scene_pipeline, scenes, splatting
 from v3d_jax.data import clips, output, scene_views, transforms
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.ops import camera
@@ -122,7 +122,7 @@ def test_frames_are_those_of_the_pipeline(models, place, tmp_path):
     prepared = scenes.prepare(scenes.SceneArgs(place, "spiral", -40.0), loaded.generator)
     reach = np.linalg.norm(np.asarray(camera.position(prepared.targets)), axis=-1).max()
     assert reach <= clips.RADIUS + 1e-5
-    whole = fixtures.jit(pipeline.views_to_frames, static_argnums=0)
+    whole = fixtures.jit(scene_pipeline.views_to_frames, static_argnums=0)
     given = loaded.params, prepared.views, prepared.targets, jax.random.key(0)
     expected = np.asarray(whole(settings, *given))[0]
     assert np.abs(frames(made) - 255.0 * expected).max() <= 0.6

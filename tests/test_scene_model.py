@@ -13,7 +13,7 @@ import tiny_generator
 import tiny_scene
 from flax import nnx
 
-from v3d_jax import errors, evaluate, pipeline
+from v3d_jax import errors, evaluate, pipeline, scene_pipeline
 from v3d_jax.diffusion import guidance
 from v3d_jax.diffusion.loss import LossConfig, drop_condition
 from v3d_jax.diffusion.sampler import SamplingConfig
@@ -25,7 +25,7 @@ from v3d_jax.weights import tensors as tensor_files
 
 SAMPLING = SamplingConfig(steps=2, guidance_min=1.0, guidance_max=2.0)
 SETTINGS = pipeline.Settings(tiny_scene.CONFIG, SAMPLING)
-scene_condition = fixtures.jit(pipeline.scene_condition, static_argnums=0)
+scene_condition = fixtures.jit(scene_pipeline.scene_condition, static_argnums=0)
 encode_condition = fixtures.jit(pipeline.encode_condition, static_argnums=0)
 
 
@@ -82,7 +82,7 @@ def test_other_latents_take_new_convolutions_at_the_unets_ends(models):
 
 def test_frames_follow_the_cameras_and_the_views(key):
     """Each of target cameras, a further view and a view that is not valid tells what it should."""
-    make = fixtures.jit(pipeline.views_to_frames, static_argnums=0)
+    make = fixtures.jit(scene_pipeline.views_to_frames, static_argnums=0)
     params, targets, views = tiny_scene.params(), tiny_scene.cameras(), tiny_scene.views()
     frames = make(SETTINGS, params, views, targets, key)
     assert frames.shape == (1, 3, 16, 16, 3)
@@ -101,10 +101,10 @@ def test_frames_are_decoded_and_then_finished(key):
     sample = fixtures.jit(pipeline.sample_latents, static_argnums=0)
     latents = sample(SETTINGS, params, made.condition, pipeline.split_key(key)[1])
     decoded = fixtures.jit(pipeline.decode, static_argnums=0)(SETTINGS, params, latents)
-    finish = fixtures.jit(pipeline.finish, static_argnums=0)
+    finish = fixtures.jit(scene_pipeline.finish, static_argnums=0)
     wanted = finish(SETTINGS, params, decoded, views, targets, made.disparity)
     assert float(jnp.abs(wanted - decoded).max()) > 0.05
-    found = fixtures.jit(pipeline.views_to_frames, static_argnums=0)(
+    found = fixtures.jit(scene_pipeline.views_to_frames, static_argnums=0)(
         SETTINGS, params, views, targets, key
     )
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
@@ -113,7 +113,7 @@ def test_frames_are_decoded_and_then_finished(key):
 @pytest.mark.slow  # both together
 @pytest.mark.parametrize("changes", [{"low_memory": True}, {"devices": 2}])
 def test_branches_in_turn_and_on_devices_of_their_own_make_the_same_frames(key, changes):
-    make = fixtures.jit(pipeline.views_to_frames, static_argnums=0)
+    make = fixtures.jit(scene_pipeline.views_to_frames, static_argnums=0)
     given = tiny_scene.params(), tiny_scene.views(), tiny_scene.cameras(), key
     other = dataclasses.replace(SETTINGS, **changes)
     found = make(other, *given)

@@ -12,8 +12,8 @@ model's (scaled, of about unit variance). `params` is the tree that `nnx.split` 
     orbit = jax.jit(pipeline.image_to_orbit, static_argnums=0)
     frames = orbit(pipeline.Settings(generator_config, sampling_config), params, image, key)
 
-`image_to_splats` goes on to the Gaussians in the same program. A scene model makes frames along any
-path from posed views: `views_to_frames`.
+`image_to_splats` goes on to the Gaussians in the same program. Scene models make frames along any
+path from posed views: `v3d_jax.scene_pipeline`.
 """
 
 import functools
@@ -32,7 +32,7 @@ from v3d_jax import console, errors
 from v3d_jax.data import preprocess
 from v3d_jax.diffusion import guidance, sampler
 from v3d_jax.diffusion.guidance import Condition
-from v3d_jax.nn import chunked_decoder, conditioner, generator, lpips, pixelnerf
+from v3d_jax.nn import chunked_decoder, conditioner, generator, lpips
 from v3d_jax.ops import camera, compiling
 from v3d_jax.ops import image as images
 from v3d_jax.parallel import sampling as parallel
@@ -53,13 +53,6 @@ class ConditioningConfig:
     motion_bucket_id: float = 300.0
     cond_aug: float = 0.02
     elevation: float = 0.0
-
-
-class SceneCondition(NamedTuple):
-    """What a scene model is conditioned on, and how near is what its frames show."""
-
-    condition: Condition
-    disparity: Float[Array, "b t i j"]  # 1 / depth
 
 
 @dataclass(frozen=True)
@@ -140,7 +133,9 @@ def generate_orbit(
     cannot be used, for an array of another size than the model's frames, and for a scene model.
     """
     if model.settings.generator.pixelnerf is not None:
-        raise errors.UserError("this is a scene model, which wants views: use views_to_frames")
+        raise errors.UserError(
+            "this is a scene model, which wants views: use scene_pipeline.views_to_frames"
+        )
     height, width = model.settings.generator.frame_size
     if isinstance(image, str | os.PathLike | Image.Image):
         if height != width:
@@ -169,35 +164,6 @@ def encode_condition(
     latent = picture_latent(settings, network, pixels, key)
     context = network.vision(pixels).astype(jnp.float32)
     return Condition(context, latent, vector(settings, image.shape[0]))
-
-
-def scene_condition(
-    settings: Settings,
-    params: Any,
-    views: pixelnerf.Views,
-    targets: camera.Camera,
-    key: Key[Array, ""],
-) -> SceneCondition:
-    """What a scene model is conditioned on: its first source view, and features of the targets.
-
-    `targets` [b, t] are the cameras of the frames, the first of them that of the first view. They
-    and the views' are normalised, as those of `data.clips.Clip`.
-    """
-    condition = encode_condition(settings, params, images.from_network(views.images[:, 0]), key)
-    network, size = networks(settings, params), settings.generator.latent_shape[1:3]
-    if "latents" in network.pixelnerf.config.carried:
-        views = views._replace(latents=view_latents(settings, network, views.images))
-    rendering = network.pixelnerf(views, targets, size)
-    condition = condition._replace(features=rendering.features)
-    return SceneCondition(condition, rendering.disparity)
-
-
-def view_latents(
-    settings: Settings, network: generator.Generator, images: Float[Array, "b v h w 3"]
-) -> Float[Array, "b v i j c"]:
-    """Source views' latents: the posterior's mean, scaled as the latents that are denoised."""
-    means = jax.lax.map(lambda x: network.autoencoder.encode(x).mean, jnp.moveaxis(images, 1, 0))
-    return jnp.moveaxis(means, 0, 1) * settings.generator.autoencoder.scale_factor
 
 
 def picture_latent(
@@ -341,34 +307,6 @@ def image_to_orbit(
     condition = encode_condition(settings, params, image[None], condition_key)
     latents = sample_latents(settings, params, condition, noise_key)
     return decode(settings, params, latents)[0]
-
-
-def views_to_frames(
-    settings: Settings,
-    params: Any,
-    views: pixelnerf.Views,
-    targets: camera.Camera,
-    key: Key[Array, ""],
-) -> Float[Array, "b t h w 3"]:
-    """Frames of scenes from the cameras `targets`, of which `scene_condition` says more."""
-    condition_key, noise_key = split_key(key)
-    made = scene_condition(settings, params, views, targets, condition_key)
-    latents = sample_latents(settings, params, made.condition, noise_key)
-    frames = decode(settings, params, latents)
-    return finish(settings, params, frames, views, targets, made.disparity)
-
-
-def finish(
-    settings: Settings,
-    params: Any,
-    frames: Float[Array, "b t h w 3"],
-    views: pixelnerf.Views,
-    targets: camera.Camera,
-    disparity: Float[Array, "b t i j"],
-) -> Float[Array, "b t h w 3"]:
-    """Decoded frames of a scene with what its views show of them, where the model does that."""
-    network, frames = networks(settings, params).pixelnerf, images.to_network(frames)
-    return images.from_network(network.finish(frames, views, targets, disparity))
 
 
 def split_key(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:

@@ -24,6 +24,7 @@ from v3d_jax import (
     errors,
     meshing,
     pipeline,
+    scene_pipeline,
     scenes,
     splatting,
     surfacing,
@@ -300,13 +301,13 @@ def _encode(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=compiling.OPTIONS)
 def _encode_scene(settings: pipeline.Settings, params: Any, *given: Any) -> Any:
-    made = pipeline.scene_condition(settings, params, *given)
+    made = scene_pipeline.scene_condition(settings, params, *given)
     return made._replace(condition=pipeline.branch(settings, params, made.condition))
 
 
 _advance = jax.jit(pipeline.advance, static_argnums=0, compiler_options=compiling.OPTIONS)
 _decode = jax.jit(pipeline.decode, static_argnums=0, compiler_options=compiling.OPTIONS)
-_finish = jax.jit(pipeline.finish, static_argnums=0, compiler_options=compiling.OPTIONS)
+_finish = jax.jit(scene_pipeline.finish, static_argnums=0, compiler_options=compiling.OPTIONS)
 
 
 def describe(

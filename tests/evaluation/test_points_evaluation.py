@@ -16,7 +16,7 @@ import tiny_scene
 from flax import nnx
 from PIL import Image
 
-from v3d_jax import errors, evaluate, pipeline
+from v3d_jax import errors, evaluate, pipeline, scene_pipeline
 from v3d_jax.data import heldout, orbits, output, sparse
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.evaluation import objects, points, scenes
@@ -95,7 +95,7 @@ def test_orbits_are_made_from_the_first_frame_and_keep_the_cameras(tmp_path, mon
 
 
 def test_scenes_keep_their_first_view(tmp_path, monkeypatch):
-    fast = fixtures.jit(pipeline.views_to_frames, static_argnums=0)
+    fast = fixtures.jit(scene_pipeline.views_to_frames, static_argnums=0)
     monkeypatch.setattr(scenes, "_views_to_frames", fast)
     data = synthetic_scenes.build(tmp_path / "set", train=1, heldout=1)
     sources = scenes.of_records(orbits.source(data, "heldout"), 16, None)

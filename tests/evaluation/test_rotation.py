@@ -12,7 +12,7 @@ import pytest
 import synthetic_scenes
 import tiny_scene
 
-from v3d_jax import errors, evaluate, pipeline
+from v3d_jax import errors, evaluate, pipeline, scene_pipeline
 from v3d_jax.data import paths, poses, shots, warps
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.evaluation import corners, rotation, scenes
@@ -264,7 +264,7 @@ def models(tmp_path_factory):
 
 
 def test_a_model_on_rendered_scenes_by_the_command(models, tmp_path, monkeypatch, capsys):
-    fast = fixtures.jit(pipeline.views_to_frames, static_argnums=0)
+    fast = fixtures.jit(scene_pipeline.views_to_frames, static_argnums=0)
     monkeypatch.setattr(scenes, "_views_to_frames", fast)
     data = synthetic_scenes.build(tmp_path / "set", train=1, heldout=3, size=24)
     out = tmp_path / "out"

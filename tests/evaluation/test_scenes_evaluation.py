@@ -12,7 +12,7 @@ import synthetic_scenes
 import tiny_scene
 from co3d_walks import write_annotations, write_list, write_walk
 
-from v3d_jax import errors, evaluate, pipeline
+from v3d_jax import errors, evaluate, pipeline, scene_pipeline
 from v3d_jax.data import clips, co3d_protocol, orbits, shots, warps
 from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.evaluation import measure, scenes
@@ -28,7 +28,7 @@ SETTINGS = pipeline.Settings(tiny_scene.CONFIG, SAMPLING)
 
 @pytest.fixture(autouse=True)
 def fast_compile_without_lpips(monkeypatch):
-    fast = fixtures.jit(pipeline.views_to_frames, static_argnums=0)
+    fast = fixtures.jit(scene_pipeline.views_to_frames, static_argnums=0)
     monkeypatch.setattr(scenes, "_views_to_frames", fast)
 
     def load(net):

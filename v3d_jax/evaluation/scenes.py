@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from tqdm import tqdm
 
-from v3d_jax import console, errors, pipeline
+from v3d_jax import console, errors, pipeline, scene_pipeline
 from v3d_jax.data import clips, co3d_protocol, scores, shots, warps
 from v3d_jax.evaluation import measure
 from v3d_jax.evaluation.measure import MODEL
@@ -142,7 +142,7 @@ def frames_of(
     targets: Camera,
     key: Key[Array, ""],
 ) -> UInt8[np.ndarray, "t s s 3"]:
-    """The frames of one clip: `pipeline.views_to_frames`, compiled."""
+    """The frames of one clip: `scene_pipeline.views_to_frames`, compiled."""
     return measure.to_bytes(_views_to_frames(settings, params, views, targets, key)[0])
 
 
@@ -189,5 +189,5 @@ def _reader(records: Any, place: int, size: int) -> Callable[[int], shots.Shots]
 
 
 _views_to_frames = jax.jit(
-    pipeline.views_to_frames, static_argnums=0, compiler_options=compiling.OPTIONS
+    scene_pipeline.views_to_frames, static_argnums=0, compiler_options=compiling.OPTIONS
 )
