@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from v3d_jax import pipeline
 from v3d_jax.diffusion.guidance import Condition
-from v3d_jax.nn import generator, pixelnerf
+from v3d_jax.nn import blend, generator, pixelnerf
 from v3d_jax.ops import image
 from v3d_jax.ops.camera import Camera
 
@@ -25,7 +25,7 @@ class SceneCondition(NamedTuple):
     """What a scene model is conditioned on, and how near is what its frames show."""
 
     condition: Condition
-    disparity: Float[Array, "b t i j"]  # 1 / depth
+    disparity: blend.Disparity
 
 
 def scene_condition(
@@ -79,7 +79,7 @@ def finish(
     frames: Float[Array, "b t h w 3"],
     views: pixelnerf.Views,
     targets: Camera,
-    disparity: Float[Array, "b t i j"],
+    disparity: blend.Disparity,
 ) -> Float[Array, "b t h w 3"]:
     """Decoded frames of a scene with what its views show of them, where the model does that."""
     network, frames = pipeline.networks(settings, params).pixelnerf, image.to_network(frames)

@@ -46,7 +46,9 @@ def view(lens):
 
 TARGET = lenses([[0.2, 0.1, 0.0]])
 SOURCE = lenses([[-0.5, -0.2, 0.2]])
-DISPARITY = jnp.asarray(1.0 / on_plane(TARGET, CELLS)[1], jnp.float32)[None, None]
+NEAR = blend.Disparity(
+    *(jnp.asarray(1.0 / on_plane(x, CELLS)[1], jnp.float32)[None, None] for x in (TARGET, SOURCE))
+)
 ALL = jnp.ones((1, 1), bool)
 
 
@@ -65,11 +67,11 @@ def warped(views=3, k=2):
     shape = (2, k, views, 8, 8)
     seen = draw(1, shape) > -0.3
     pictures = jnp.where(seen[..., None], draw(2, (*shape, 3)), 0.0)
-    return blend.Warped(pictures, seen, jnp.abs(draw(3, shape)) * seen)
+    return blend.Warped(pictures, seen, jnp.abs(draw(3, shape)) * seen, draw(6, shape) * seen)
 
 
 def test_a_plane_is_shown_from_another_camera():
-    found = blend.warp(view(SOURCE), SOURCE, ALL, TARGET, DISPARITY)
+    found = blend.warp(view(SOURCE), SOURCE, ALL, TARGET, NEAR)
     assert found.pictures.shape == (1, 1, 1, SIDE, SIDE, 3)
     seen = np.asarray(found.seen[0, 0, 0])
     assert 0.6 < seen.mean() < 1.0
@@ -83,15 +85,16 @@ def test_a_plane_is_shown_from_another_camera():
 
 
 def test_pictures_are_empty_where_a_view_sees_nothing():
-    found = blend.warp(view(SOURCE), SOURCE, ALL, TARGET, DISPARITY)
+    found = blend.warp(view(SOURCE), SOURCE, ALL, TARGET, NEAR)
     unseen = ~np.asarray(found.seen)
     assert unseen.any()
     assert not np.asarray(found.pictures)[unseen].any()
     assert not np.asarray(found.turned)[unseen].any()
+    assert not np.asarray(found.hidden)[unseen].any()
 
 
 def test_lines_of_sight_are_apart_by_their_angle():
-    found = blend.warp(view(SOURCE), SOURCE, ALL, TARGET, DISPARITY)
+    found = blend.warp(view(SOURCE), SOURCE, ALL, TARGET, NEAR)
     points, _ = on_plane(TARGET, SIDE)
     ways = []
     for lens in (TARGET, SOURCE):
@@ -102,11 +105,19 @@ def test_lines_of_sight_are_apart_by_their_angle():
     np.testing.assert_allclose(np.asarray(found.turned[0, 0, 0])[seen], chord[seen], atol=1e-4)
 
 
+def test_hidden_is_what_lies_behind_the_surface_of_a_view():
+    seen = np.asarray(blend.warp(view(SOURCE), SOURCE, ALL, TARGET, NEAR).seen)
+    for factor, wanted in ((1.0, 0.0), (1.2, np.log(1.2)), (0.9, np.log(0.9)), (9.0, 1.0)):
+        near = NEAR._replace(views=factor * NEAR.views)
+        found = blend.warp(view(SOURCE), SOURCE, ALL, TARGET, near).hidden
+        np.testing.assert_allclose(np.asarray(found)[seen], wanted, atol=0.02)
+
+
 def test_gradient_moves_disparity_to_where_pictures_agree():
     images, truth = view(SOURCE), view(TARGET)[:, :, None]
 
     def error(factor):
-        found = blend.warp(images, SOURCE, ALL, TARGET, factor * DISPARITY)
+        found = blend.warp(images, SOURCE, ALL, TARGET, NEAR._replace(frames=factor * NEAR.frames))
         return jnp.sum(jnp.square(found.pictures - truth) * found.seen[..., None])
 
     slope = jax.jit(jax.grad(error))
@@ -143,7 +154,9 @@ def test_a_scene_model_finishes_frames_and_padding_reaches_nothing():
     net = fixtures.randomise(lambda: pixelnerf.PixelNeRF(config, rngs=nnx.Rngs(0)))
     sources = lenses([[-0.5, -0.2, 0.2], [0.4, 0.3, 0.1]])
     targets = lenses([[0.2, 0.1, 0.0], [0.1, 0.0, 0.1]])
-    near = jnp.tile(DISPARITY, (1, 2, 1, 1))
+    near = jax.tree.map(lambda x: jnp.tile(x, (1, 2, 1, 1)), NEAR)
+    lost = jax.tree.map(lambda x: x.at[:, 1].set(jnp.full_like(x[:, 1], jnp.nan)), sources[:2])
+    sources = camera.Camera(*lost, *sources[2:])
     images = jnp.concatenate([view(SOURCE), jnp.full((1, 1, SIDE, SIDE, 3), jnp.nan)], axis=1)
     frames = draw(5, (1, 2, SIDE, SIDE, 3))
     views = pixelnerf.Views(images, sources, jnp.asarray([[True, False]]))
@@ -153,11 +166,14 @@ def test_a_scene_model_finishes_frames_and_padding_reaches_nothing():
 
     alone = jax.tree.map(lambda x: x[:, :1], views)
     found = finished(near, views)
-    np.testing.assert_allclose(found, finished(near, alone), atol=1e-5)
+    one = near._replace(views=near.views[:, :1])
+    np.testing.assert_allclose(found, finished(one, alone), atol=1e-5)
     assert np.abs(found - frames).max() > 0.1
     slope = jax.grad(lambda near: jnp.sum(jnp.square(finished(near, views))))(near)
-    assert np.isfinite(slope).all()
-    assert np.any(slope)
+    for leaf in slope:
+        assert np.isfinite(leaf).all()
+        assert np.any(leaf)
+    assert not np.any(slope.views[:, 1])
 
 
 def test_without_it_frames_stay_as_they_are():
@@ -167,4 +183,4 @@ def test_without_it_frames_stay_as_they_are():
     )
     frames = draw(5, (1, 1, SIDE, SIDE, 3))
     views = pixelnerf.Views(view(SOURCE), SOURCE, ALL)
-    assert net.finish(frames, views, TARGET, DISPARITY) is frames
+    assert net.finish(frames, views, TARGET, NEAR) is frames

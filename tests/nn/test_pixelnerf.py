@@ -139,7 +139,7 @@ def test_equals_the_plain_renderer(config):
     assert {0, 1, 2, 3} <= set(counts.ravel().tolist())
     np.testing.assert_allclose(found.features, features, atol=2e-4)
     np.testing.assert_allclose(found.rgb, rgb, atol=2e-4)
-    np.testing.assert_allclose(found.disparity, near[..., 0], atol=2e-4)
+    np.testing.assert_allclose(found.disparity.frames, near[..., 0], atol=2e-4)
     assert features.std(axis=(0, 1, 2, 3)).min() > 0.02
 
 
@@ -160,7 +160,7 @@ def test_padding_gives_what_the_views_give_without_it():
     source, targets = make_source(valid=3), make_targets()
     cut = jax.tree.map(lambda x: x[:, :3], source)
     found = [render(params, x, targets, SIZE) for x in (source, cut)]
-    for x, y in zip(*found, strict=True):
+    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
@@ -170,7 +170,8 @@ def test_order_of_views_changes_nothing():
     order = np.random.default_rng(0).permutation(MOST)
     shuffled = jax.tree.map(lambda x: x[:, order], source)
     want = render(params, source, targets, SIZE)
-    for x, y in zip(render(params, shuffled, targets, SIZE), want, strict=True):
+    found = render(params, shuffled, targets, SIZE)
+    for x, y in zip(*map(jax.tree.leaves, (found, want)), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
     # It is the order of views with their cameras: another assignment is another scene.
     order = np.asarray([1, 2, 3, 4, 0, 5, 6, 7])
@@ -254,7 +255,7 @@ def test_a_padded_view_changes_nothing_of_any_clip_to_the_bit():
     views = (make_views(), make_views(7.0), make_views(jnp.nan), make_views(jnp.nan, broken=True))
     plain, *others = (run(params, x, make_targets()) for x in views)
     for other in others:
-        for x, y in zip(plain, other, strict=True):
+        for x, y in zip(*map(jax.tree.leaves, (plain, other)), strict=True):
             assert np.isfinite(x).all()
             np.testing.assert_array_equal(x, y)
     visible = make_views()._replace(valid=jnp.ones((CLIPS, 2), bool))
@@ -271,7 +272,7 @@ def test_parts_of_any_size_give_the_same():
         model(dataclasses.replace(CUBE, rays_at_once=size))[2](params, source, targets, SIZE)
         for size in (11, 1000)
     ]
-    for x, y in zip(*found, strict=True):
+    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
@@ -304,7 +305,8 @@ def test_gradients_are_finite_differences_of_the_plain_renderer():
 
     def loss(params, maps):
         out = nnx.merge(graphdef, params).render(source._replace(maps=maps), targets, SIZE)
-        return sum(jnp.sum(w * x) for w, x in zip(weight, out, strict=True))
+        shown = (out.features, out.rgb, out.disparity.frames)
+        return sum(jnp.sum(w * x) for w, x in zip(weight, shown, strict=True))
 
     grads = fixtures.jit(jax.grad(loss, (0, 1)))(params, source.maps)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
@@ -380,7 +382,8 @@ def test_devices_that_share_clips_and_frames_divide_the_work():
     whole, batch = sharding.replicated(mesh), sharding.batch(mesh)
     split = fixtures.jit(sharding.on_mesh(run, mesh), in_shardings=(whole, batch, batch))
     split, alone = (f.lower(*args).compile() for f in (split, fixtures.jit(run)))
-    for x, y in zip(split(*args), alone(*args), strict=True):
+    found = (split(*args), alone(*args))
+    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)
         assert x.sharding.spec[1] == "frames"
     work = [program.cost_analysis()["flops"] for program in (split, alone)]

@@ -2,10 +2,10 @@
 
 Latents keep little of a picture's detail, and less of it once a UNet has moved them. The PixelNeRF
 knows how far away is what a pixel shows, so every source picture is seen from a frame's camera by
-that distance, and a network gives the decoded frame and each of these pictures a weight at every
-pixel. Not in V3D; image-based rendering with learnt weights as in Deep Blending (Hedman et al.
-2018, section 5), the source views taken alike and as many as there are, as in IBRNet (arXiv
-2102.13090, section 3).
+that distance, and what is hidden from the source view by that of its own pixels. A network gives
+the decoded frame and each of these pictures a weight at every pixel. Not in V3D; image-based
+rendering with learnt weights as in Deep Blending (Hedman et al. 2018, section 5), the source views
+taken alike and as many as there are, as in IBRNet (arXiv 2102.13090, section 3).
 
 Axes: `b` clip, `v` source view, `k` frame, `i j` latents, `h w` image, `p` picture: the decoded
 frame, then the views. Images are in [-1, 1]. Geometry is float32.
@@ -22,8 +22,15 @@ from v3d_jax.nn import layers
 from v3d_jax.ops import image, rays
 from v3d_jax.ops.camera import Camera
 
-KNOWN = 9  # of a pixel of a picture: see `Blend.__call__`
+KNOWN = 10  # of a pixel of a picture: see `Blend.__call__`
 _FARTHEST = 1e-3  # disparity, which may not fall to 0 at a border either
+
+
+class Disparity(NamedTuple):
+    """1 / depth along the axes of the cameras, at the resolution of latents."""
+
+    frames: Float[Array, "b k i j"]
+    views: Float[Array, "b v i j"] | None  # none where no pictures are blended
 
 
 class Warped(NamedTuple):
@@ -32,6 +39,7 @@ class Warped(NamedTuple):
     pictures: Float[Array, "b k v h w 3"]
     seen: Bool[Array, "b k v h w"]  # whether the view has the point in its picture
     turned: Float[Array, "b k v h w"]  # how far apart the two lines of sight are, 0 to 2
+    hidden: Float[Array, "b k v h w"]  # > 0 behind what the view sees there: log depth, -1 to 1
 
 
 class Blend(nnx.Module):
@@ -54,13 +62,15 @@ class Blend(nnx.Module):
         frames = decoded.reshape(b * k, 1, h, w, 3).astype(jnp.float32)
         pictures = jnp.concatenate([frames, flat.pictures], axis=1)
         seen = jnp.pad(flat.seen, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=True)
-        turned = jnp.pad(flat.turned, ((0, 0), (1, 0), (0, 0), (0, 0)))
+        turned, hidden = (
+            jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))) for x in (flat.turned, flat.hidden)
+        )
         made = jnp.zeros_like(turned).at[:, 0].set(1.0)
         known = jnp.concatenate(
             [
                 pictures,
                 jnp.broadcast_to(frames, pictures.shape),
-                jnp.stack([seen.astype(jnp.float32), made, turned], axis=-1),
+                jnp.stack([seen.astype(jnp.float32), made, turned, hidden], axis=-1),
             ],
             axis=-1,
         )
@@ -79,40 +89,56 @@ def warp(
     cameras: Camera,  # [b, v]
     valid: Bool[Array, "b v"],
     targets: Camera,  # [b, k]
-    disparity: Float[Array, "b k i j"],
+    disparity: Disparity,
 ) -> Warped:
     """The views' pictures from the target cameras, at the size of the pictures.
 
-    `disparity` is 1 / depth along a frame's axis: on a plane it is linear in the frame, so that
-    enlarging it keeps planes; it divides the pictures' size. What is hidden from a view is not told
-    from what it sees.
+    On a plane disparity is linear in the picture, so that enlarging it keeps planes; its resolution
+    divides the pictures'. What is hidden from a view is shown all the same, and said.
     """
     size = images.shape[2:4]
-    # What padding holds, NaN too, reaches no gradient.
-    images = jnp.where(valid[..., None, None, None], images, 0.0)
-    near = _enlarge(disparity, size)
+    images, cameras = jnp.where(valid[..., None, None, None], images, 0.0), filled(cameras, valid)
+    near = _enlarge(disparity.frames, size)
     own = rays.pixel_rays(targets, size)
     axis = targets.world_to_camera[..., 2, :3]
     ahead = jnp.einsum("bkhwi,bki->bkhw", own.directions, axis, precision="highest")
     points = own.origins + own.directions / (near * ahead)[..., None]
 
-    def one_clip(images, cameras, valid, points, directions):
+    def one_clip(images, cameras, valid, surfaces, points, directions):
         shape = points.shape[:-1]
         pixels, seen = rays.project(cameras, points.reshape(-1, 3))
         scale = jnp.stack([cameras.width / size[1], cameras.height / size[0]], axis=-1)
         pictures = jax.vmap(rays.bilinear)(images, pixels / scale[:, None])
-        centres = -jnp.einsum(
-            "vji,vj->vi", cameras.world_to_camera[:, :3, :3], cameras.world_to_camera[:, :3, 3]
-        )
+        pose = cameras.world_to_camera
+        depth = jnp.einsum("vj,...j->v...", pose[:, 2, :3], points, precision="highest")
+        depth = depth + pose[:, 2, 3][:, None, None, None]
+        cells = jnp.asarray(surfaces.shape[:0:-1]) / jnp.asarray(size[::-1])
+        surface = jax.vmap(rays.bilinear)(surfaces, pixels / scale[:, None] * cells[None, None])
+        behind = jnp.maximum(depth, rays.NEAREST).reshape(surface.shape) * surface
+        hidden = jnp.clip(jnp.log(jnp.maximum(behind, _FARTHEST)), -1.0, 1.0)
+        centres = -jnp.einsum("vji,vj->vi", pose[:, :3, :3], pose[:, :3, 3])
         sight = jax.lax.stop_gradient(points)[None] - centres[:, None, None, None]
         sight = sight / jnp.maximum(jnp.linalg.norm(sight, axis=-1, keepdims=True), rays.NEAREST)
         turned = jnp.linalg.norm(sight - directions[None], axis=-1)
-        pictures, seen = (x.reshape(-1, *shape, *x.shape[2:]) for x in (pictures, seen))
+        pictures, seen, hidden = (
+            x.reshape(-1, *shape, *x.shape[2:]) for x in (pictures, seen, hidden)
+        )
         seen = seen & valid[:, None, None, None]
         pictures = jnp.where(seen[..., None], pictures, 0.0)
-        return Warped(*(jnp.moveaxis(x, 0, 1) for x in (pictures, seen, turned * seen)))
+        found = (pictures, seen, turned * seen, hidden * seen)
+        return Warped(*(jnp.moveaxis(x, 0, 1) for x in found))
 
-    return jax.vmap(one_clip)(images, cameras, valid, points, own.directions)
+    given = (images, cameras, valid, disparity.views, points, own.directions)
+    return jax.vmap(one_clip)(*given)
+
+
+def filled(cameras: Camera, valid: Bool[Array, "b v"]) -> Camera:
+    """The first of a clip's cameras in the place of padding: NaN there would reach gradients."""
+
+    def one(x: Array) -> Array:
+        return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, x[:, :1])
+
+    return jax.tree.map(one, cameras)
 
 
 def _enlarge(disparity: Float[Array, "b k i j"], size: tuple[int, int]) -> Float[Array, "b k h w"]:

@@ -92,11 +92,11 @@ class Source(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """What the target frames show; `disparity` is 1 / depth along a frame's axis."""
+    """What the target frames show, and how near it is."""
 
     features: Float[Array, "b t h w c"]
     rgb: Float[Array, "b t h w 3"]
-    disparity: Float[Array, "b t h w"]
+    disparity: blend.Disparity
 
 
 class MLP(nnx.Module):
@@ -149,7 +149,13 @@ class PixelNeRF(nnx.Module):
         self, views: Views, targets: Camera, size: tuple[int, int], key: jax.Array | None = None
     ) -> Rendering:
         """Frames of `size` (height, width) from the cameras `targets` [b, t]."""
-        return self.render(self.encode(views), targets, size, key)
+        source = self.encode(views)
+        rendering = self.render(source, targets, size, key)
+        if not self.config.blend:
+            return rendering
+        own = blend.filled(views.cameras, views.valid)
+        near = self.render(source, own, size).disparity.frames
+        return rendering._replace(disparity=rendering.disparity._replace(views=near))
 
     def encode(self, views: Views) -> Source:
         """Source views with their feature maps.
@@ -198,31 +204,32 @@ class PixelNeRF(nnx.Module):
         features, rgb, near = (sharding.pin_clips(_whole(x, (clips, frames, *size))) for x in found)
         axis = targets.world_to_camera[..., 2, :3]
         ahead = jnp.einsum("bthwi,bti->bthw", target.directions, axis, precision="highest")
-        return Rendering(features, rgb, near[..., 0] / ahead)
+        return Rendering(features, rgb, blend.Disparity(near[..., 0] / ahead, None))
 
     def finish(
         self,
         frames: Float[Array, "b k H W 3"],
         views: Views,
         targets: Camera,
-        disparity: Float[Array, "b k h w"],
+        disparity: blend.Disparity,
     ) -> Float[Array, "b k H W 3"]:
         """Decoded frames in [-1, 1] with what the views' pictures show of them (`blend`).
 
-        `disparity` is that of the frames' `Rendering`, `targets` [b, k] are their cameras; the
+        `disparity` is that of the `Rendering`, `targets` [b, k] are the frames' cameras; the
         pictures have the frames' size. Without `blend` frames stay as they are.
         """
         if not self.config.blend:
             return frames
         graphdef, params = nnx.split(self.blend)
 
-        def one_frame(params: Any, frame: Any, target: Camera, disparity: Any) -> Any:
-            warped = blend.warp(views.images, views.cameras, views.valid, target, disparity)
+        def one_frame(params: Any, frame: Any, target: Camera, near: Any) -> Any:
+            near = disparity._replace(frames=near)
+            warped = blend.warp(views.images, views.cameras, views.valid, target, near)
             return nnx.merge(graphdef, params)(frame, warped)
 
         # One after the other: at full size every frame has a picture of every view.
         alone = jax.tree.map(
-            lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], (frames, targets, disparity)
+            lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], (frames, targets, disparity.frames)
         )
         found = jax.lax.map(lambda xs: one_frame(params, *xs), alone)
         return sharding.pin_clips(jnp.moveaxis(found[:, :, 0], 0, 1))

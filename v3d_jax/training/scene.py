@@ -99,7 +99,9 @@ def condition(
 
     def finish(frames: Float[Array, "b k h w 3"], places: Int[Array, "b k"]) -> Any:
         cameras = jax.tree.map(lambda x: _at(x, places), targets)
-        return model.pixelnerf.finish(frames, views, cameras, _at(rendering.disparity, places))
+        near = rendering.disparity
+        near = near._replace(frames=_at(near.frames, places))
+        return model.pixelnerf.finish(frames, views, cameras, near)
 
     return conditioning.Conditioned(
         made._replace(features=rendering.features),
