@@ -65,12 +65,12 @@ class Blend(nnx.Module):
         turned, hidden = (
             jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))) for x in (flat.turned, flat.hidden)
         )
-        made = jnp.zeros_like(turned).at[:, 0].set(1.0)
+        made = jnp.arange(turned.shape[1]).reshape(1, -1, 1, 1) == 0
         known = jnp.concatenate(
             [
                 pictures,
                 jnp.broadcast_to(frames, pictures.shape),
-                jnp.stack([seen.astype(jnp.float32), made, turned, hidden], axis=-1),
+                jnp.stack(jnp.broadcast_arrays(seen, made, turned, hidden), axis=-1),
             ],
             axis=-1,
         )
