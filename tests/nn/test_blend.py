@@ -169,6 +169,9 @@ def test_a_scene_model_finishes_frames_and_padding_reaches_nothing():
     one = near._replace(views=near.views[:, :1])
     np.testing.assert_allclose(found, finished(one, alone), atol=1e-5)
     assert np.abs(found - frames).max() > 0.1
+    first = jax.tree.map(lambda x: x[:, :1], targets)
+    shown = net.finish(frames[:, :1], views, first, near._replace(frames=near.frames[:, :1]))
+    np.testing.assert_allclose(shown, found[:, :1], atol=1e-5)
     slope = jax.grad(lambda near: jnp.sum(jnp.square(finished(near, views))))(near)
     for leaf in slope:
         assert np.isfinite(leaf).all()

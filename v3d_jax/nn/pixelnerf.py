@@ -227,6 +227,9 @@ class PixelNeRF(nnx.Module):
             warped = blend.warp(views.images, views.cameras, views.valid, target, near)
             return nnx.merge(graphdef, params)(frame, warped)
 
+        if frames.shape[1] == 1:
+            # The gradient of convolutions in a loop takes twelve times as long on a CPU.
+            return one_frame(params, frames, targets, disparity.frames)
         # One after the other: at full size every frame has a picture of every view.
         alone = jax.tree.map(
             lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], (frames, targets, disparity.frames)
