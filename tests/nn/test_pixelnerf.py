@@ -248,9 +248,10 @@ def make_views(padding=0.0, *, broken=False):
     return pixelnerf.Views(images, cameras, valid)
 
 
-def test_a_padded_view_changes_nothing_of_any_clip_to_the_bit():
+@pytest.mark.parametrize("blend", [0, 4])
+def test_a_padded_view_changes_nothing_of_any_clip_to_the_bit(blend):
     """From images on, through the statistics of the feature network too."""
-    graphdef, params, _ = model(CUBE)
+    graphdef, params, _ = model(dataclasses.replace(CUBE, blend=blend))
     run = fixtures.jit(lambda p, *a: nnx.merge(graphdef, p)(*a, SIZE))
     views = (make_views(), make_views(7.0), make_views(jnp.nan), make_views(jnp.nan, broken=True))
     plain, *others = (run(params, x, make_targets()) for x in views)

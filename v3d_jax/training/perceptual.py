@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from v3d_jax import errors
 from v3d_jax.nn import lpips
 from v3d_jax.ops import image
+from v3d_jax.training.conditioning import Finish
 from v3d_jax.weights import lpips as lpips_weights
 
 Networks = tuple[lpips.LPIPSParams, ...]
@@ -88,16 +89,14 @@ def distances(
     *,
     decode_clean: Callable[[Array], Array] | None = None,
     pictures: Pictures | None = None,
-    finish: Callable[[Array, Array], Array] | None = None,
+    finish: Finish | None = None,
 ) -> Distances:
     """Between decoded frames, or these and `pictures`; `decode` takes clips of unscaled latents.
 
-    `finish` is what becomes of denoised frames [b k h w 3] once they are decoded, given their
-    places in the clips.
-
-    Each clip has its own frames. Frame 0, the input view, is one of them only with `pictures` or
-    with `decode_clean`, the decoder that is the measure where `decode` learns: frames that are
-    clear must stay so. LPIPS runs in `dtype`.
+    `finish` is applied to denoised frames once they are decoded. Each clip has its own frames.
+    Frame 0, the input view, is one of them only with `pictures` or with `decode_clean`, the decoder
+    that is the measure where `decode` learns: frames that are clear must stay so. LPIPS runs in
+    `dtype`.
     """
     if pictures is None:
         clips, views = denoised.shape[:2]

@@ -279,8 +279,8 @@ def samples(
 ) -> tuple[Float[Array, "r t h w 3"], Float[Array, " b"]]:
     """Rows of clips, each above its sample from the same input view, and every sample's PSNR.
 
-    The clips are decoded latents, which is what a perfect sample would look like; the PSNR in dB
-    is over the unseen frames.
+    The clips are decoded latents, which is what a perfect sample would look like before it is
+    finished, where that is done; the PSNR in dB is over the unseen frames.
     """
 
     def decode(clip: Float[Array, "t h w c"]) -> Float[Array, "t H W 3"]:
