@@ -293,7 +293,7 @@ def look_up(
     pixels = jnp.where(seen[..., None], pixels * scale[:, :, None], 0.0)
     # Rays and samples apart, or devices that divide the rays could not divide what follows.
     pixels, seen = (x.reshape(*x.shape[:2], n, s, *x.shape[3:]) for x in (pixels, seen))
-    return view_moments.moments(maps, wide, pixels, seen)
+    return sharding.each_clip(view_moments.moments, maps, wide, pixels, seen)
 
 
 def in_view(cameras: Camera, points: Float[Array, "b n s 3"]) -> Float[Array, "b n s 3"]:
@@ -309,9 +309,13 @@ def in_view(cameras: Camera, points: Float[Array, "b n s 3"]) -> Float[Array, "b
 
 def sinusoids(points: Float[Array, "*n 3"]) -> Float[Array, "*n k"]:
     """Points, and an octave at a time the sines and cosines of pi 2^k times them."""
-    angles = [np.pi * 2.0**octave * points for octave in range(OCTAVES)]
-    waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
-    return jnp.concatenate([points, *waves], axis=-1)
+    # A cosine as a sine, so that all channels are one computation: neighbouring threads of a GPU
+    # that follow different ones wait for each other.
+    lead = (1,) * (points.ndim - 1)
+    scale = np.pi * 2.0 ** np.arange(OCTAVES, dtype=np.float32).reshape(*lead, -1, 1, 1)
+    phase = np.asarray([0.0, np.pi / 2], np.float32).reshape(*lead, 1, -1, 1)
+    waves = jnp.sin(scale * points[..., None, None, :] + phase)
+    return jnp.concatenate([points, waves.reshape(*points.shape[:-1], -1)], axis=-1)
 
 
 def rgb_loss(

@@ -3,8 +3,8 @@
 Axes: `b` clip, `v` view, `i j` a view's feature map, `*m` points, `c` channel. Every point takes
 four corners of every map, and between them and two moments nothing is kept: written as look-ups and
 sums over an array of views, every step writes v x m x c numbers for the next to read. The gradient
-looks up anew. It adds to a cell of a map what hundreds of points have for it, in float32: in 16
-bits most of them would be lost against the sum of the first.
+looks up anew. It adds to a cell of a map what thousands of points have for it (`corner_sums`), in
+float32: in 16 bits most of them would be lost against the sum of the first.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from v3d_jax.ops import rays
+from v3d_jax.ops import corner_sums, rays
 
 # Deviations below it have the slope of one of that size, times how much smaller they are.
 FLAT = 1e-3
@@ -46,7 +46,7 @@ def moments(maps: Maps, wide: Maps, pixels: Pixels, seen: Seen) -> Moments:
 @jax.custom_vjp
 def _moments(maps: Maps, wide: Maps, pixels: Pixels, seen: Seen) -> Moments:
     del wide
-    return _combine(_values(maps, pixels, seen), seen)
+    return _combine(_look_up(maps, pixels, seen), seen)
 
 
 def _save(maps: Maps, wide: Maps, pixels: Pixels, seen: Seen):
@@ -56,14 +56,16 @@ def _save(maps: Maps, wide: Maps, pixels: Pixels, seen: Seen):
 def _pull_back(saved: tuple[Maps, Pixels, Seen], slopes: Moments):
     maps, pixels, seen = saved
     b, _, height, width, channels = maps.shape
-    # Behind barriers the compiler keeps both in the type of the maps; else in float32, and more.
-    values = jax.lax.optimization_barrier(_values(maps, pixels, seen))
+    values = _look_up(maps, pixels, seen)
+    # As with what is looked up.
     d_values = jax.lax.optimization_barrier(_spread(slopes, values, seen, maps.dtype))
     d_maps, d_pixels = [], []
     for view, d_value in enumerate(d_values):
+        places, shares = pixels[:, view].reshape(b, -1, 2), d_value.reshape(b, -1, channels)
+        there = seen[:, view].reshape(b, -1)
+        d_maps.append(corner_sums.add((height, width), places, shares, there))
         d_value = d_value.astype(jnp.float32)
-        cells, weights = rays.corners((height, width), pixels[:, view])
-        d_maps.append(_scatter(b, height * width, cells, weights, d_value))
+        cells, _ = rays.corners((height, width), pixels[:, view])
         table = maps[:, view].reshape(b, height * width, channels)
         there = seen[:, view, ..., None]
         d_weights = [
@@ -71,15 +73,18 @@ def _pull_back(saved: tuple[Maps, Pixels, Seen], slopes: Moments):
         ]
         slope = functools.partial(_weights, (height, width))
         d_pixels.append(jax.vjp(slope, pixels[:, view])[1](d_weights)[0])
-    d_wide = jnp.stack(d_maps, axis=1).reshape(maps.shape)
-    return None, d_wide, jnp.stack(d_pixels, axis=1), None
+    return None, jnp.stack(d_maps, axis=1), jnp.stack(d_pixels, axis=1), None
 
 
 _moments.defvjp(_save, _pull_back)
 
 
-def _values(maps: Maps, pixels: Pixels, seen: Seen) -> list[Points]:
-    """Every view's features at the points in the type of its map, 0 where it does not see them."""
+def _look_up(maps: Maps, pixels: Pixels, seen: Seen) -> list[Points]:
+    """Every view's features at the points in the type of its map, 0 where it does not see them.
+
+    Behind a barrier the compiler keeps them so, and looks up once: else in float32, or for each
+    number that is made of them.
+    """
     b, views, height, width, channels = maps.shape
     found = []
     for view in range(views):
@@ -90,7 +95,7 @@ def _values(maps: Maps, pixels: Pixels, seen: Seen) -> list[Points]:
             for cell, weight in zip(cells, weights, strict=True)
         )
         found.append(jnp.where(seen[:, view, ..., None], value, 0.0).astype(maps.dtype))
-    return found
+    return jax.lax.optimization_barrier(found)
 
 
 def _combine(values: list[Points], seen: Seen) -> Moments:
@@ -130,18 +135,3 @@ def _weights(size: tuple[int, int], pixels: Float[Array, "b *m 2"]) -> list[Floa
 @jax.vmap
 def _take(table: Float[Array, "n c"], cells: Array) -> Float[Array, "*m c"]:
     return table.at[cells].get(mode="promise_in_bounds").astype(jnp.float32)
-
-
-def _scatter(
-    clips: int, cells_of_a_map: int, cells: list[Array], weights: list[Array], d_value: Points
-) -> Float[Array, "b n c"]:
-    """Every point's share for the four cells around it, added up."""
-    channels = d_value.shape[-1]
-    index = jnp.stack(cells, axis=1).reshape(clips, -1)
-    shares = jnp.stack(weights, axis=1)[..., None] * d_value[:, None]
-
-    def add(index: Array, shares: Array) -> Float[Array, "n c"]:
-        nothing = jnp.zeros((cells_of_a_map, channels), jnp.float32)
-        return nothing.at[index].add(shares, mode="promise_in_bounds")
-
-    return jax.vmap(add)(index, shares.reshape(clips, -1, channels))

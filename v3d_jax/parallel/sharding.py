@@ -139,7 +139,7 @@ def _scatter(everywhere: NamedSharding, split: NamedSharding, _: None, g: Array)
 _gathered.defvjp(_gather, _scatter)
 
 
-def each_clip(function: Callable[..., Array], *arrays: Array) -> Array:
+def each_clip(function: Callable[..., Any], *arrays: Array) -> Any:
     """`function`, which treats every clip alone, of arrays [b, ...], run where the clips lie.
 
     For kernels that the compiler does not partition: left alone, it has every device run them on
