@@ -48,8 +48,8 @@ class Blend(nnx.Module):
     def __init__(self, channels: int, *, dtype: Any, rngs: nnx.Rngs):
         settings = {"dtype": dtype, "rngs": rngs}
         self.conv1 = layers.conv(KNOWN, channels, **settings)
-        self.conv2 = layers.conv(2 * channels, channels, padding=2, dilation=2, **settings)
-        self.conv3 = layers.conv(channels, channels, padding=4, dilation=4, **settings)
+        self.conv2 = layers.conv(2 * channels, channels, **settings)
+        self.conv3 = layers.conv(channels, channels, **settings)
         self.conv4 = layers.conv(channels, 1, zero=True, **settings)
         self.dtype = dtype
 
@@ -77,11 +77,25 @@ class Blend(nnx.Module):
         counts = seen[..., None].astype(self.dtype)
         x = nnx.relu(self.conv1(known.astype(self.dtype)))
         mean = jnp.sum(x * counts, axis=1, keepdims=True) / jnp.sum(counts, axis=1, keepdims=True)
-        x = nnx.relu(self.conv2(jnp.concatenate([x, jnp.broadcast_to(mean, x.shape)], axis=-1)))
-        x = nnx.relu(self.conv3(x))
+        x = jnp.concatenate([x, jnp.broadcast_to(mean, x.shape)], axis=-1)
+        x = nnx.relu(_apart(self.conv2, x, 2))
+        x = nnx.relu(_apart(self.conv3, x, 4))
         score = jnp.where(seen, self.conv4(x)[..., 0].astype(jnp.float32), -jnp.inf)
         weight = nnx.softmax(score, axis=1)
         return jnp.sum(weight[..., None] * pictures, axis=1).reshape(decoded.shape)
+
+
+def _apart(conv: layers.Conv, x: Float[Array, "n p h w c"], step: int) -> Float[Array, "n p h w o"]:
+    """The convolution with its taps `step` pixels apart, which divides height and width.
+
+    Of every `step`-th pixel a picture of its own: that of kernels with gaps has a gradient for
+    which cuDNN has nothing but a convolution with a kernel as large as the picture.
+    """
+    n, p, h, w, c = x.shape
+    x = jnp.moveaxis(x.reshape(n, p, h // step, step, w // step, step, c), (3, 5), (2, 3))
+    apart = x.shape[:-1]
+    x = conv(x.reshape(n, -1, *apart[-2:], c))
+    return jnp.moveaxis(x.reshape(*apart, -1), (2, 3), (3, 5)).reshape(n, p, h, w, -1)
 
 
 def warp(
