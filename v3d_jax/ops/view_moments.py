@@ -1,10 +1,10 @@
 """Mean and deviation of what several feature maps hold at points that some of their views see.
 
 Axes: `b` clip, `v` view, `i j` a view's feature map, `*m` points, `c` channel. Every point takes
-four corners of every map, and between them and two moments nothing is kept: written as look-ups and
-sums over an array of views, every step writes v x m x c numbers for the next to read. The gradient
-looks up anew. It adds to a cell of a map what thousands of points have for it (`corner_sums`), in
-float32: in 16 bits most of them would be lost against the sum of the first.
+four corners of every map, and between them and two moments only their features are kept, in the
+type of the maps: written as sums over an array of views, every step writes v x m x c numbers for
+the next to read. The gradient adds to a cell of a map what thousands of points have for it
+(`corner_sums`), in float32: in 16 bits most of them would be lost against the sum of the first.
 """
 
 import functools
@@ -50,14 +50,15 @@ def _moments(maps: Maps, wide: Maps, pixels: Pixels, seen: Seen) -> Moments:
 
 
 def _save(maps: Maps, wide: Maps, pixels: Pixels, seen: Seen):
-    return _moments(maps, wide, pixels, seen), (maps, pixels, seen)
-
-
-def _pull_back(saved: tuple[Maps, Pixels, Seen], slopes: Moments):
-    maps, pixels, seen = saved
-    b, _, height, width, channels = maps.shape
+    del wide
     values = _look_up(maps, pixels, seen)
-    # As with what is looked up.
+    return _combine(values, seen), (maps, pixels, seen, values)
+
+
+def _pull_back(saved: tuple[Maps, Pixels, Seen, list[Points]], slopes: Moments):
+    maps, pixels, seen, values = saved
+    b, _, height, width, channels = maps.shape
+    # Kept in the type of the maps, as what is looked up.
     d_values = jax.lax.optimization_barrier(_spread(slopes, values, seen, maps.dtype))
     d_maps, d_pixels = [], []
     for view, d_value in enumerate(d_values):
@@ -82,8 +83,8 @@ _moments.defvjp(_save, _pull_back)
 def _look_up(maps: Maps, pixels: Pixels, seen: Seen) -> list[Points]:
     """Every view's features at the points in the type of its map, 0 where it does not see them.
 
-    Behind a barrier the compiler keeps them so, and looks up once: else in float32, or for each
-    number that is made of them.
+    Behind a barrier the compiler writes them so, once: else in float32, or it looks up anew for
+    each number that is made of them.
     """
     b, views, height, width, channels = maps.shape
     found = []
