@@ -51,6 +51,8 @@ class SceneArgs:
     """Collection of objects for the rooms; None: procedural solids."""
     rooms: int = 3
     """How many rooms."""
+    first: int = 0
+    """The first room's number: with it a run that was cut off goes on."""
     views: int = 80
     """Of a room, those held out included."""
     size: int = 512
@@ -150,7 +152,7 @@ def furnished(path: Path | None, number: int) -> list[Placed]:
 def given(args: SceneArgs) -> Iterator[Shots]:
     if args.lego is not None:
         yield lego(args.lego, args.size)
-    for number in range(args.rooms):
+    for number in range(args.first, args.first + args.rooms):
         yield room(number, furnished(args.pack, number), args.views, args.size)
 
 
