@@ -31,7 +31,9 @@ UNET = unet.UNetConfig(
 AUTOENCODER = autoencoder.AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1)
 
 # A quarter of the time to compile; networks here are far too small for it to matter when they run.
-ON_CPU = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+ON_CPU = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # there are no others from then on
+    ON_CPU["xla_cpu_use_fusion_emitters"] = False
 FAST_COMPILE = ON_CPU if jax.default_backend() == "cpu" else {}
 # The CPU compiler drops, before it orders operations, the barriers that hold rematerialised blocks
 # back until the gradient needs them; other compilers keep them, and so does this option.
