@@ -23,8 +23,8 @@ class LoaderConfig:
     its orbit; else it begins at the first, an object's front in data rendered with
     `--start-azimuth 0`. Every read thread prepares a whole batch, and up to `prefetch` batches wait
     in memory; for clips that lie in memory one or two threads are fastest. `workers` > 0 reads in
-    as many processes instead, for work that Python's lock would serialise; the program's main
-    module must then be importable.
+    as many processes instead, for work that Python's lock would serialise; each has its own copy
+    of clips that lie in memory, and the program's main module must be importable.
     """
 
     batch_size: int = 64
