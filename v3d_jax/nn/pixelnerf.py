@@ -127,7 +127,9 @@ class Renderer(nnx.Module):
     ) -> tuple[Float[Array, "*n c"], Float[Array, "*n 3"], Float[Array, "*n s"]]:
         """Also the samples' weights: a softmax, not of density and transmittance."""
         found = self.sample(known.astype(self.dtype))
-        weight = nnx.softmax(found[..., -1].astype(jnp.float32), axis=-1)
+        # Behind a barrier its gradient is computed once, not anew for each of the features beside.
+        score = jax.lax.optimization_barrier(found[..., -1].astype(jnp.float32))
+        weight = nnx.softmax(score, axis=-1)
         found = found[..., :-1].astype(jnp.float32)
         mean = jnp.einsum("...s,...sc->...c", weight, found, precision="highest")
         out = self.ray(mean.astype(self.dtype))
