@@ -41,7 +41,7 @@ def points(config: generator.GeneratorConfig, clips: int, count: int) -> Any:
     source, target = (cameras(place) for place in WALK)
     shown = rays.pixel_rays(target, config.latent_shape[1:3])
     origins, directions = (x.reshape(clips, -1, 3)[:, :count] for x in shown)
-    near, far = (jnp.full(origins.shape[:2], x) for x in (model.near, min(model.far, 18.0)))
+    near, far = (jnp.full(origins.shape[:2], x) for x in (model.near, model.far))
     distances = rays.disparity_distances(near, far, model.samples)
     where = origins[:, :, None] + distances[..., None] * directions[:, :, None]
     pixels, seen = jax.vmap(rays.project)(source, where.reshape(clips, -1, 3))

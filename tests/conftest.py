@@ -9,7 +9,7 @@ from pathlib import Path
 # Half the time to compile on a CPU, operations outside of jit as well. Read when jax is imported;
 # from 0.11 on there are only the new emitters, and no flag for them: XLA would end the program.
 PLATFORM = os.environ.get("V3D_TEST_PLATFORM", "cpu")
-OLD_EMITTERS = int(metadata.version("jaxlib").split(".")[1]) < 11
+OLD_EMITTERS = tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11)
 if PLATFORM == "cpu":
     FAST_COMPILE = "--xla_backend_optimization_level=1"
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false" if OLD_EMITTERS else ""

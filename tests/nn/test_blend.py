@@ -4,9 +4,10 @@ import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from v3d_jax.nn import blend, pixelnerf, resunet
+from v3d_jax.nn import blend, layers, pixelnerf, resunet
 from v3d_jax.ops import camera
 
 SIDE, CELLS = 96, 12
@@ -187,3 +188,37 @@ def test_without_it_frames_stay_as_they_are():
     frames = draw(5, (1, 1, SIDE, SIDE, 3))
     views = pixelnerf.Views(view(SOURCE), SOURCE, ALL)
     assert net.finish(frames, views, TARGET, NEAR) is frames
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_taps_apart_are_a_dilated_convolution_with_its_gradients(step):
+    conv = layers.conv(6, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(conv)
+    shapes = ((2, 3, 16, 24, 6), (2, 3, 16, 24, 5))
+    x, weight = (jnp.asarray(fixtures.draw(k, shape)) for k, shape in enumerate(shapes))
+
+    def apart(params, x):
+        return blend.taps_apart(nnx.merge(graphdef, params), x, step)
+
+    def dilated(params, x):
+        merged = nnx.merge(graphdef, params)
+        found = jax.lax.conv_general_dilated(
+            x.reshape(6, 16, 24, 6),
+            merged.kernel[...],
+            (1, 1),
+            [(step, step)] * 2,
+            rhs_dilation=(step, step),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return found.reshape(weight.shape) + merged.bias[...].reshape(1, 1, 1, 1, -1)
+
+    def value_and_slopes(function):
+        def total(params, x):
+            return jnp.sum(weight * function(params, x))
+
+        slopes = jax.grad(total, (0, 1))(params, x)
+        return [function(params, x), *jax.tree.leaves(slopes)]
+
+    for got, wanted in zip(value_and_slopes(apart), value_and_slopes(dilated), strict=True):
+        assert np.abs(wanted).max() > 0.1
+        np.testing.assert_allclose(got, wanted, atol=1e-4)

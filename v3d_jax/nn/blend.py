@@ -78,18 +78,20 @@ class Blend(nnx.Module):
         x = nnx.relu(self.conv1(known.astype(self.dtype)))
         mean = jnp.sum(x * counts, axis=1, keepdims=True) / jnp.sum(counts, axis=1, keepdims=True)
         x = jnp.concatenate([x, jnp.broadcast_to(mean, x.shape)], axis=-1)
-        x = nnx.relu(_apart(self.conv2, x, 2))
-        x = nnx.relu(_apart(self.conv3, x, 4))
+        x = nnx.relu(taps_apart(self.conv2, x, 2))
+        x = nnx.relu(taps_apart(self.conv3, x, 4))
         score = jnp.where(seen, self.conv4(x)[..., 0].astype(jnp.float32), -jnp.inf)
         weight = nnx.softmax(score, axis=1)
         return jnp.sum(weight[..., None] * pictures, axis=1).reshape(decoded.shape)
 
 
-def _apart(conv: layers.Conv, x: Float[Array, "n p h w c"], step: int) -> Float[Array, "n p h w o"]:
+def taps_apart(
+    conv: layers.Conv, x: Float[Array, "n p h w c"], step: int
+) -> Float[Array, "n p h w o"]:
     """The convolution with its taps `step` pixels apart, which divides height and width.
 
-    Of every `step`-th pixel a picture of its own: that of kernels with gaps has a gradient for
-    which cuDNN has nothing but a convolution with a kernel as large as the picture.
+    Every `step`-th pixel goes into a picture of its own. A dilated kernel would do, but for its
+    gradient cuDNN has nothing better than a convolution with a kernel as large as the picture.
     """
     n, p, h, w, c = x.shape
     x = jnp.moveaxis(x.reshape(n, p, h // step, step, w // step, step, c), (3, 5), (2, 3))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from v3d_jax.ops import frame_attention, rays, target
+from v3d_jax.ops import rays, target
 
 Places = Float[Array, "n m 2"]
 Values = Float[Array, "n m c"]
@@ -50,7 +50,7 @@ def add(size: tuple[int, int], pixels: Places, values: Values, seen: Seen) -> Su
 def can_fuse(values: Any, platform: str, devices: int) -> bool:
     """Whether the kernel takes such values, which `devices` may share: XLA does not divide it."""
     fits = values.shape[-1] % _CHANNELS == 0 and values.dtype in (jnp.bfloat16, jnp.float16)
-    return platform in target.GPUS and devices == 1 and fits and frame_attention.has_triton()
+    return platform in target.GPUS and devices == 1 and fits and target.has_triton()
 
 
 def scatter(size: tuple[int, int], pixels: Places, values: Values) -> Sums:
@@ -72,7 +72,7 @@ def products(size: tuple[int, int], pixels: Places, values: Values) -> Sums:
     """The weights of all cells, most of them 0, times the values."""
     across, down = (
         _weight(place[..., None], jnp.arange(length, dtype=jnp.float32)[None, None])
-        for place, length in zip(_places(size, pixels), size[::-1], strict=True)
+        for place, length in zip(rays.between_centres(size, pixels), size[::-1], strict=True)
     )
     weights = (down[..., :, None] * across[..., None, :]).astype(values.dtype)
     return jnp.einsum(
@@ -89,7 +89,7 @@ def fused(
     n, m, c = values.shape
     rows, columns, groups = -(-size[0] // _ROWS), -(-size[1] // _COLUMNS), c // _CHANNELS
     border = ((0, 0), (0, -m % _POINTS))
-    x, y, seen = (jnp.pad(each, border) for each in (*_places(size, pixels), seen))
+    x, y, seen = (jnp.pad(each, border) for each in (*rays.between_centres(size, pixels), seen))
     values = jnp.pad(values, (*border, (0, 0)))
     parts = x.shape[1] // _POINTS
     # Between which places the points of a step are; of a step without any, between none.
@@ -171,15 +171,6 @@ def _kernel(
     sums = jax.lax.fori_loop(0, _POINTS // _STEP, step, [nothing] * _ROWS)
     for row, total in enumerate(sums):
         out_ref[row] = total
-
-
-def _places(size: tuple[int, int], pixels: Places) -> tuple[Array, Array]:
-    """Where points lie between the cells' centres, across and down."""
-    x, y = (
-        jnp.clip(pixels[..., axis].astype(jnp.float32) - 0.5, 0.0, length - 1.0)
-        for axis, length in enumerate(size[::-1])
-    )
-    return x, y
 
 
 def _weight(place: Array, centre: Array) -> Array:

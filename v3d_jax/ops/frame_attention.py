@@ -47,16 +47,7 @@ def can_fuse(shape: tuple[int, ...], platform: str, devices: int) -> bool:
     """
     _, t, s, _, d = shape
     fits = t <= _MAX_FRAMES and s % _PIXELS == 0 and d in (16, 32, 64, 128)
-    return platform in target.GPUS and devices == 1 and fits and has_triton()
-
-
-def has_triton() -> bool:
-    """Whether this JAX still has the back end, which is deprecated since 0.11."""
-    try:
-        from jax.experimental.pallas import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return platform in target.GPUS and devices == 1 and fits and target.has_triton()
 
 
 def plain(q: Clips, k: Clips, v: Clips) -> Clips:

@@ -158,6 +158,17 @@ def bilinear(image: Float[Array, "h w *c"], pixels: Float[Array, "*n 2"]) -> Flo
     return found.astype(image.dtype)
 
 
+def between_centres(
+    size: tuple[int, int], pixels: Float[Array, "*n 2"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """Positions (x, y) counted from the first cell's centre, none beyond the outermost centres."""
+    x, y = (
+        jnp.clip(pixels[..., axis] - 0.5, 0.0, length - 1.0)
+        for axis, length in enumerate(size[::-1])
+    )
+    return x, y
+
+
 def corners(
     size: tuple[int, int], pixels: Float[Array, "*n 2"]
 ) -> tuple[list[Int[Array, "*n"]], list[Float[Array, "*n"]]]:
@@ -167,10 +178,7 @@ def corners(
     nearest ones count alone.
     """
     height, width = size
-    x, y = (
-        jnp.clip(pixels[..., axis] - 0.5, 0.0, length - 1.0)
-        for axis, length in ((0, width), (1, height))
-    )
+    x, y = between_centres(size, pixels)
     left, top = jnp.floor(x).astype(jnp.int32), jnp.floor(y).astype(jnp.int32)
     right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
     x, y = x - left, y - top

@@ -28,6 +28,15 @@ def free_axes() -> dict[str, int]:
     return {name: mesh.shape[name] for name, kind in kinds if kind is not AxisType.Manual}
 
 
+def has_triton() -> bool:
+    """Whether this JAX still has Pallas's Triton back end, which is deprecated since 0.11."""
+    try:
+        from jax.experimental.pallas import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def traced_for(platform: str) -> Iterator[None]:
     """What is traced in this block is for `platform`.
