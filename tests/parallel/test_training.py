@@ -121,7 +121,7 @@ def gradients(levels: int, devices: int, fsdp: int, frames: int = 1, remat: str 
     placed = sharding.put(params, placements)
     split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
     assert bool(split) == (fsdp > 1)
-    resting = video.Frozen(frozen, None, {})
+    resting = video.Frozen(frozen, None, {}, jnp.float32(1.0))
     arguments = (placed, resting, sharding.put_batch(batch(), mesh), jax.random.key(0))
     compiled = step.lower(*arguments).compile()
     value, norm, grads = compiled(*arguments)

@@ -11,8 +11,9 @@ import random_lpips
 import tiny_generator
 from flax import nnx
 
-from v3d_jax import errors
+from v3d_jax import errors, pipeline
 from v3d_jax.diffusion.loss import LossConfig
+from v3d_jax.diffusion.sampler import SamplingConfig
 from v3d_jax.nn import generator, lpips
 from v3d_jax.training import conditioning, perceptual, video
 from v3d_jax.training.perceptual import PerceptualConfig
@@ -119,14 +120,8 @@ def test_only_the_denoised_frames_get_a_gradient(network, latents, key):
 
 def test_the_term_is_added_with_its_weight(key):
     graphdef = nnx.split(generator.abstract(tiny_generator.CONFIG))[0]
-    side, frames = tiny_generator.CONFIG.image_size, tiny_generator.CONFIG.num_frames
     rng = np.random.default_rng(0)
-    one = {
-        "latents": jnp.asarray(rng.standard_normal((CLIPS, frames, side // 2, side // 2, 4))),
-        "image": jnp.asarray(rng.integers(0, 256, (CLIPS, 8, 8, 3), np.uint8)),
-        "azimuth": jnp.tile(jnp.arange(frames) * 120.0, (CLIPS, 1)),
-        "elevation": jnp.zeros(CLIPS),
-    }
+    one = one_batch(rng)
     both = dataclasses.replace(CONFIG, absolute=3.0)
 
     @fixtures.jit  # all in one program, which then has what they share once
@@ -148,6 +143,42 @@ def test_the_term_is_added_with_its_weight(key):
     total, found = together
     term = found["lpips"] + 3.0 * found["absolute"]
     np.testing.assert_allclose(total, plain + CONFIG.weight * term, rtol=1e-5)
+
+
+def test_a_compiled_step_serves_every_scale_of_latents(key):
+    """The program is the same, so that it need not be compiled anew for another autoencoder."""
+    tiny, clips = tiny_generator.CONFIG, one_batch(np.random.default_rng(0))
+    networks = (random_lpips.vgg(np.random.default_rng(1)),)
+    params = jax.tree.map(jnp.asarray, tiny_generator.params())
+    texts = []
+    for scale in (1.0, 0.3):
+        autoencoder = dataclasses.replace(tiny.autoencoder, scale_factor=scale)
+        settings = pipeline.Settings(
+            dataclasses.replace(tiny, autoencoder=autoencoder), SamplingConfig()
+        )
+        loss = video.make_loss(
+            settings, LossConfig(), CONFIG, conditioning.ConditionConfig(), ("unet",)
+        )
+        frozen = video.Frozen(params["autoencoder"], networks, {"vision": params["vision"]}, scale)
+        texts.append(str(jax.make_jaxpr(loss)({"unet": params["unet"]}, frozen, clips, key)))
+    assert texts[0] == texts[1]
+
+    @fixtures.jit
+    def lpips_of(scale):
+        frozen = video.Frozen(params["autoencoder"], networks, {"vision": params["vision"]}, scale)
+        return loss({"unet": params["unet"]}, frozen, clips, key)[1]["lpips"]
+
+    assert abs(lpips_of(1.0) - lpips_of(0.3)) > 1e-3 * lpips_of(1.0)
+
+
+def one_batch(rng):
+    side, frames = tiny_generator.CONFIG.image_size, tiny_generator.CONFIG.num_frames
+    return {
+        "latents": jnp.asarray(rng.standard_normal((CLIPS, frames, side // 2, side // 2, 4))),
+        "image": jnp.asarray(rng.integers(0, 256, (CLIPS, 8, 8, 3), np.uint8)),
+        "azimuth": jnp.tile(jnp.arange(frames) * 120.0, (CLIPS, 1)),
+        "elevation": jnp.zeros(CLIPS),
+    }
 
 
 def test_pictures_are_asked_for_only_by_a_term_that_has_weight():

@@ -1,7 +1,6 @@
 """The frozen autoencoder of a run and the latents that it makes of the run's data, once.
 
-Axes: `b` frame, `h w` image or latents, `c` channel. Latents are scaled when they are encoded; of
-steps only those with a perceptual loss, which decode, depend on the autoencoder's scale.
+Axes: `b` frame, `h w` image or latents, `c` channel. Latents are scaled when they are encoded.
 """
 
 import dataclasses

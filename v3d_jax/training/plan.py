@@ -157,6 +157,7 @@ def abstract_frozen(settings: config.VideoTrainConfig) -> video.Frozen:
         jax.eval_shape(encoder_and_decoder, jax.random.key(0)),
         jax.eval_shape(lambda: networks),
         video.abstract_rest(model, dtype, settings.parts, settings.train_only),
+        jax.ShapeDtypeStruct((), jnp.float32),
     )
 
 

@@ -41,6 +41,8 @@ class Frozen(NamedTuple):
     autoencoder: Params
     lpips: perceptual.Networks | None
     rest: Params  # of UNet and tower, what does not learn
+    # Of latents; here, so that no compiled step depends on the autoencoder's settings.
+    scale: Float[Array, ""]
 
 
 class Kind(NamedTuple):
@@ -111,7 +113,8 @@ def build(
         raise errors.UserError(
             f"--perceptual.frames {pictures}: a clip has {data.loader.num_frames} frames"
         )
-    frozen = Frozen(opened.params, networks, rest)
+    scale = jnp.float32(opened.config.scale_factor)
+    frozen = Frozen(opened.params, networks, rest, scale)
 
     def preview(params: Params, frozen: Frozen, batch: Any, key: jax.Array):
         merged = pipeline.networks(settings, whole(params, frozen))
@@ -173,6 +176,7 @@ def make_loss(
             None if frozen.lpips is None else (frozen.lpips, perceptual_config),
             measure,
             conditioner,
+            frozen.scale,
         )
 
     return loss
@@ -217,6 +221,7 @@ def video_loss(
     compare: tuple[perceptual.Networks, PerceptualConfig] | None = None,
     measure: generator.Generator | None = None,
     conditioner: Conditioner | None = None,
+    scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The EDM loss of a batch of latent clips; gradients reach the UNet and the image tower.
 
@@ -224,7 +229,7 @@ def video_loss(
 
     With `compare`, distances of decoded denoised frames are added: from the batch's pictures, if it
     has them, or from decoded clean frames, the latter decoded by `measure`, if given. Gradients
-    then reach the model's decoder as well.
+    then reach the model's decoder as well. `scale` is that of the latents, if not the settings'.
     """
     loss_key, augment_key, frames_key = jax.random.split(key, 3)
     made = (conditioner or conditioning.of_object)(model, batch, augment_key, condition_config)
@@ -241,7 +246,7 @@ def video_loss(
     loss = loss + made.loss
     if compare is not None:
         networks, config = compare
-        scale = model.config.autoencoder.scale_factor
+        scale = model.config.autoencoder.scale_factor if scale is None else scale
         seen_frames = perceptual.distances(
             networks,
             model.autoencoder.decode,
