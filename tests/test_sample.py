@@ -254,10 +254,12 @@ def test_module_runs_as_a_program(tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, monkeypatch, kept):
-    before = (
-        jax.config.jax_compilation_cache_dir,
-        jax.config.jax_persistent_cache_min_compile_time_secs,
+    changed = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_remove_custom_partitioning_ptr_from_cache_key",
     )
+    before = [getattr(jax.config, name) for name in changed]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "elsewhere" if kept else None)
     try:
@@ -266,5 +268,5 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, monkeypa
         assert found == ("elsewhere" if kept else str(tmp_path / "v3d_jax" / "jax"))
         assert kept or Path(found).is_dir()
     finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        for name, value in zip(changed, before, strict=True):
+            jax.config.update(name, value)

@@ -84,4 +84,7 @@ def enable_cache() -> None:
         return
     if os.access(path, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(path))
+        # cuDNN's attention over several GPUs has a pointer in its program, which no other process
+        # would find again. What the pointer leads to is told by shapes: attention has one scale.
+        jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
