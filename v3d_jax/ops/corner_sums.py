@@ -6,8 +6,8 @@ other. The points' weights for the cells are a matrix, and a product of matrices
 most of it is 0, so points near each other should be neighbours, as the samples of a ray are.
 
 `fused` is a Pallas (Triton) kernel that multiplies only rows of cells which some of the points at
-hand reach, and keeps the weights in registers; `products` multiplies all, from memory; `scatter` is
-for devices without matrix units and for float32.
+hand reach, and keeps the weights in registers; `products` multiplies all, from memory; `scatter`,
+which leaves out points that are not seen, is for devices without matrix units and for float32.
 """
 
 import functools
@@ -43,7 +43,7 @@ def add(size: tuple[int, int], pixels: Places, values: Values, seen: Seen) -> Su
     if can_fuse(values, platform, devices):
         return fused(size, pixels, values, seen)
     if platform == "cpu" or (platform in target.GPUS and values.dtype == jnp.float32):
-        return scatter(size, pixels, values)
+        return scatter(size, pixels, values, seen)
     return products(size, pixels, values)
 
 
@@ -53,15 +53,17 @@ def can_fuse(values: Any, platform: str, devices: int) -> bool:
     return platform in target.GPUS and devices == 1 and fits and target.has_triton()
 
 
-def scatter(size: tuple[int, int], pixels: Places, values: Values) -> Sums:
-    """One addition a corner."""
+def scatter(size: tuple[int, int], pixels: Places, values: Values, seen: Seen) -> Sums:
+    """One addition a corner of a point that is seen."""
     cells, weights = rays.corners(size, pixels)
-    index = jnp.concatenate(cells, axis=1)
+    # Nothing is added beyond the last cell: all that is not seen may lie at one place, and would
+    # wait there to add zeros.
+    index = jnp.concatenate([jnp.where(seen, cell, math.prod(size)) for cell in cells], axis=1)
     shares = [weight[..., None] * values.astype(jnp.float32) for weight in weights]
 
     def one_map(index: Array, shares: Array) -> Array:
         nothing = jnp.zeros((math.prod(size), shares.shape[-1]), jnp.float32)
-        return nothing.at[index].add(shares, mode="promise_in_bounds")
+        return nothing.at[index].add(shares, mode="drop")
 
     return jax.vmap(one_map)(index, jnp.concatenate(shares, axis=1)).reshape(
         values.shape[0], *size, values.shape[-1]
