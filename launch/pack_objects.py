@@ -7,6 +7,9 @@ Two cores, about five minutes; 1,250 objects, under 30 MB. Grey objects without 
 trained on, since augmented copies give them colours. With --choose it also chooses the held-out
 objects anew, out of the others, and prints their names, instead of using the packaged list.
 
+With --furniture it packs the first package's alone, with fewer --faces and smaller textures what
+furnishes scene_mini's rooms (docs/evaluation.md).
+
 With --openings it packs instead the furniture's doors and windows, of which the shipped model has
 seen none: 20 to fine-tune it on and 10 held out (configs/mini_finetune.py).
 """
@@ -24,9 +27,13 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("/usr"))
     parser.add_argument("--out", type=Path, default=Path("objects.pack"))
     parser.add_argument("--choose", type=int, help="choose so many held-out objects anew")
+    parser.add_argument("--furniture", action="store_true", help="without the game's models")
+    config = collect.CollectConfig()
+    parser.add_argument("--faces", type=int, default=config.faces, help="of an object at most")
+    parser.add_argument("--texture-size", type=int, default=config.texture_size)
     parser.add_argument("--openings", action="store_true", help="doors and windows alone")
     arguments = parser.parse_args()
-    config = collect.CollectConfig()
+    config = dataclasses.replace(config, faces=arguments.faces, texture_size=arguments.texture_size)
     if arguments.openings:
         openings(arguments, config)
         return
@@ -35,8 +42,10 @@ def main() -> None:
         selected = dataclasses.replace(selected, min_chroma=0.0)
     furniture, dropped = collect.sweethome3d(arguments.root, config, selected)
     print(f"sweethome3d: {len(furniture)} good; left out: {dict(dropped)}")
-    game, dropped = collect.megaglest(arguments.root, config, selected)
-    print(f"megaglest: {len(game)} good; left out: {dict(dropped)}")
+    game = []
+    if not arguments.furniture:
+        game, dropped = collect.megaglest(arguments.root, config, selected)
+        print(f"megaglest: {len(game)} good; left out: {dict(dropped)}")
     names = selection.heldout_names()
     if arguments.choose:
         names = selection.choose_heldout(furniture, arguments.choose)
