@@ -1,7 +1,7 @@
 """The mini scene model's autoencoder, from scratch on rooms: 8 x smaller, 16 channels.
 
-Command:  python -m v3d_jax.render MESHES... --out data/rooms --size 256 --views 18 --scenes 8000
-          --heldout v3d_jax/assets/heldout.txt
+Command:  python launch/pack_objects.py --furniture --faces 4000 --texture-size 128 --out rooms.pack
+          python -m v3d_jax.render rooms.pack --out data/rooms --size 256 --views 18 --scenes 4608
           python -m v3d_jax.train configs/scene_mini_vae.py --data.path data/rooms
 Hardware: one H200
 Hours:    0.1 for 2,500 steps, 125 to 139 clips of 6 frames a second; not run to its end

@@ -38,8 +38,9 @@ class EvaluateArgs:
     """co3d: the folder of CO3D. points: one of generated frames and one of real ones, or none."""
     protocol: Protocol = "orbits"
     """What is scored; docs/evaluation.md describes each."""
-    model: str = "mini"
-    """A packaged model's name, or a model folder."""
+    model: str | None = None
+    """A packaged model's name, or a model folder; if none is named, mini, or of scenes
+    scene_mini."""
     data: str = "heldout"
     """Split of the data set to score on; augmented copies in it are left out."""
     data_dir: Path = Path("data/orbits")
@@ -70,8 +71,9 @@ class EvaluateArgs:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, scores, prints the tables and writes the files."""
-    args = tyro.cli(EvaluateArgs, args=argv, prog="python -m v3d_jax.evaluate")
+    args = _named(tyro.cli(EvaluateArgs, args=argv, prog="python -m v3d_jax.evaluate"))
     _check(args)
+    console.enable_cache()
     if args.out is not None:
         orbits.check_destination(args.out)
     if args.protocol == "points":
@@ -94,6 +96,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, measure.Result]:
 
     Results are named by their folders below `--out`, an orbits' result by nothing.
     """
+    args = _named(args)
     model, config = load(args)
     net = args.lpips or ("vgg" if args.protocol == "co3d" else "alex")
     if args.protocol == "orbits":
@@ -113,6 +116,15 @@ def evaluate(args: EvaluateArgs) -> dict[str, measure.Result]:
     }
 
 
+def _named(args: EvaluateArgs) -> EvaluateArgs:
+    """The arguments with a model, if none was named that of the protocol."""
+    if args.model is not None:
+        return args
+    return dataclasses.replace(
+        args, model="scene_mini" if args.protocol in SCENE_MODELS else "mini"
+    )
+
+
 def load(args: EvaluateArgs) -> tuple[folder.Model, pipeline.Settings]:
     """The model, if it is of the protocol's kind, and the run's settings."""
     model = packaged.load(args.model)
@@ -123,7 +135,7 @@ def load(args: EvaluateArgs) -> tuple[folder.Model, pipeline.Settings]:
         )
     if args.protocol in SCENE_MODELS and not is_scene:
         raise errors.UserError(
-            f"{args.model} is no scene model: name one by --model (configs/scene_mini.py trains it)"
+            f"{args.model} is no scene model: name one by --model, such as scene_mini"
         )
     height, width = model.generator.frame_size
     if is_scene and height != width:

@@ -49,8 +49,9 @@ class SampleArgs:
     """Pictures, best with a transparent background; without any the packaged example."""
     out: Path = Path("out")
     """Folder that receives one folder a picture."""
-    model: str = "mini"
-    """A packaged model's name, a model folder, or a published checkpoint (docs/weights.md)."""
+    model: str | None = None
+    """A packaged model's name, a model folder, or a published checkpoint (docs/weights.md); if none
+    is named, mini, or with --scene scene_mini."""
     preset: Literal["fast"] | None = None
     """fast: few steps, less guidance (docs/method.md); the settings below still replace its own."""
     steps: int | None = None
@@ -105,6 +106,9 @@ def run(args: SampleArgs) -> list[Path]:
     All pictures are read and all folders checked before the first is generated. Raises `UserError`.
     """
     _check(args)
+    if args.model is None:
+        model = "mini" if args.tour.scene is None else "scene_mini"
+        args = dataclasses.replace(args, model=model)
     if args.tour.scene is not None:
         return [_run_scene(args)]
     pictures = list(args.images) or [EXAMPLE]
@@ -172,7 +176,7 @@ def _run_scene(args: SampleArgs) -> Path:
     unread = packaged.open_model(args.model)
     if unread.generator.pixelnerf is None:
         raise errors.UserError(
-            f"{args.model} is no scene model: name one by --model (configs/scene_mini.py trains it)"
+            f"{args.model} is no scene model: name one by --model, such as scene_mini"
         )
     if args.cache:
         console.enable_cache()

@@ -1,6 +1,6 @@
 """Posed views of a place to frames along any path: what `v3d_jax.pipeline` is for scene models.
 
-    model = pipeline.load("runs/scene_mini/model")
+    model = pipeline.load("scene_mini")
     frames = scene_pipeline.views_to_frames(*model, views, targets, jax.random.key(0))
 
 Axes: `b` clip, `v` source view, `t` frame, `h w` image, `i j` latents, `c` channel. Frames are in
