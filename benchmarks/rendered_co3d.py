@@ -3,7 +3,7 @@
     python -m v3d_jax.render MESHES... --out data/orbits36 --views 36 --size 256
     python benchmarks/rendered_co3d.py data/orbits36 --split heldout --out data/rendered_co3d
     python -m v3d_jax.evaluate --protocol co3d data/rendered_co3d --categories rendered \\
-        --model runs/scene_mini/model
+        --model scene_mini
 
 Every object becomes a sequence of the category "rendered" whose frames are all of the split that
 the protocol scores. Cameras are written as PyTorch3D's, which `v3d_jax/data/co3d.py` describes.

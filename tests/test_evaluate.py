@@ -236,6 +236,26 @@ def test_arguments_change_the_models_sampling(params):
 
 
 @pytest.mark.parametrize(
+    ("protocol", "model"),
+    [("orbits", "mini"), ("points", "mini"), ("scenes", "scene_mini"), ("rotation", "scene_mini")],
+)
+def test_the_packaged_model_of_the_protocol_is_scored_unless_another_is_named(
+    protocol, model, monkeypatch
+):
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        raise errors.UserError("enough")
+
+    monkeypatch.setattr(evaluate.packaged, "load", load)
+    monkeypatch.setattr(evaluate.sparse, "check", lambda: None)
+    with pytest.raises(errors.UserError, match="enough"):
+        evaluate.main(["--protocol", protocol])
+    assert asked == [model]
+
+
+@pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["--model", "no such model"], "unknown model"),

@@ -115,6 +115,22 @@ def test_an_orbit_from_three_views(models, place, tmp_path, capsys):
         assert picture.size == (16, 16)
 
 
+def test_places_are_for_the_packaged_scene_model_unless_another_is_named(
+    place, tmp_path, monkeypatch
+):
+    asked = []
+
+    def opened(name):
+        asked.append(name)
+        raise errors.UserError("enough")
+
+    monkeypatch.setattr(sample.packaged, "open_model", opened)
+    for tour in (scenes.SceneArgs(scene=place), scenes.SceneArgs()):
+        with pytest.raises(errors.UserError, match="enough"):
+            sample.run(sample.SampleArgs(out=tmp_path / "out", cache=False, tour=tour))
+    assert asked == ["scene_mini", "mini"]
+
+
 def test_frames_are_those_of_the_pipeline(models, place, tmp_path):
     made = run(models, place, tmp_path / "out", path="spiral", arc=-40.0)
     loaded = folder.load(models / "scene")
