@@ -7,7 +7,7 @@ Command:  python launch/pack_objects.py --furniture --faces 4000 --texture-size 
           python launch/package_model.py runs/scene_mini/model v3d_jax/assets/scene_mini
           --base ../mini
 Hardware: two H200s (16 clips a step each), 32 CPU cores
-Hours:    0.17 for 2,548 steps of 2,671 (--optim.warmup 200), 125 to 158 clips a second, and 5 min
+Hours:    0.17 for 2,548 steps of 2,671 (--optim.warmup 200), 125 to 158 clips a second, and 3 min
           to compile; the autoencoder 2.3 min on one; not run to its end
 Result:   40 held-out rooms: 19.16 dB, LPIPS 0.268 from one view, 24.44 dB, 0.101 from three: 2.2
           and 5.0 dB more and 0.77 and 0.59 times the LPIPS of views warped by a plane

@@ -23,12 +23,12 @@ from v3d_jax.data import collect, selection
 
 def main() -> None:
     """Reads, selects, splits and packs; prints the counts."""
+    config = collect.CollectConfig()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("/usr"))
     parser.add_argument("--out", type=Path, default=Path("objects.pack"))
     parser.add_argument("--choose", type=int, help="choose so many held-out objects anew")
     parser.add_argument("--furniture", action="store_true", help="without the game's models")
-    config = collect.CollectConfig()
     parser.add_argument("--faces", type=int, default=config.faces, help="of an object at most")
     parser.add_argument("--texture-size", type=int, default=config.texture_size)
     parser.add_argument("--openings", action="store_true", help="doors and windows alone")

@@ -262,11 +262,13 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, monkeypa
     before = [getattr(jax.config, name) for name in changed]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "elsewhere" if kept else None)
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", False)
     try:
         console.enable_cache()
         found = jax.config.jax_compilation_cache_dir
         assert found == ("elsewhere" if kept else str(tmp_path / "v3d_jax" / "jax"))
         assert kept or Path(found).is_dir()
+        assert jax.config.jax_remove_custom_partitioning_ptr_from_cache_key
     finally:
         for name, value in zip(changed, before, strict=True):
             jax.config.update(name, value)

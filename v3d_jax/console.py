@@ -74,6 +74,9 @@ def enable_cache() -> None:
     The folder is v3d_jax/jax in $XDG_CACHE_HOME or ~/.cache; where it cannot be written nothing is
     kept.
     """
+    # cuDNN's attention over several GPUs has a pointer in its program, which no other process would
+    # find again in either folder. What it leads to is told by shapes: attention has one scale.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     if jax.config.jax_compilation_cache_dir is not None:
         return
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -84,7 +87,4 @@ def enable_cache() -> None:
         return
     if os.access(path, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(path))
-        # cuDNN's attention over several GPUs has a pointer in its program, which no other process
-        # would find again. What the pointer leads to is told by shapes: attention has one scale.
-        jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -118,11 +118,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, measure.Result]:
 
 def _named(args: EvaluateArgs) -> EvaluateArgs:
     """The arguments with a model, if none was named that of the protocol."""
-    if args.model is not None:
-        return args
-    return dataclasses.replace(
-        args, model="scene_mini" if args.protocol in SCENE_MODELS else "mini"
-    )
+    model = packaged.named(args.model, scenes=args.protocol in SCENE_MODELS)
+    return dataclasses.replace(args, model=model)
 
 
 def load(args: EvaluateArgs) -> tuple[folder.Model, pipeline.Settings]:

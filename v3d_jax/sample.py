@@ -106,9 +106,8 @@ def run(args: SampleArgs) -> list[Path]:
     All pictures are read and all folders checked before the first is generated. Raises `UserError`.
     """
     _check(args)
-    if args.model is None:
-        model = "mini" if args.tour.scene is None else "scene_mini"
-        args = dataclasses.replace(args, model=model)
+    model = packaged.named(args.model, scenes=args.tour.scene is not None)
+    args = dataclasses.replace(args, model=model)
     if args.tour.scene is not None:
         return [_run_scene(args)]
     pictures = list(args.images) or [EXAMPLE]

@@ -36,6 +36,13 @@ def test_scatter_is_the_transpose_of_bilinear_look_ups():
     np.testing.assert_allclose(corner_sums.scatter(size, pixels, values, seen), expected, atol=1e-4)
 
 
+def test_nothing_is_scattered_of_points_that_are_not_seen():
+    size, (pixels, values, seen) = (5, 7), inputs((5, 7), 300, 3)
+    everywhere = jnp.where(seen[..., None], values, 100.0)
+    found, wanted = (corner_sums.scatter(size, pixels, x, seen) for x in (everywhere, values))
+    np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("size", "points"), [((5, 7), 300), ((17, 40), 2048), ((32, 32), 2300)])
 def test_products_are_what_is_scattered(way, size, points):

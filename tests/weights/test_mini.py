@@ -27,8 +27,9 @@ def test_the_packaged_model_is_the_preset_in_eight_bits():
     assert all(np.isfinite(leaf).all() for leaf in folder.flatten(model.params).values())
 
 
-def test_its_card_and_settings_name_its_data_and_no_machine():
-    path = packaged.resolve("mini")
+@pytest.mark.parametrize("name", packaged.names())
+def test_its_card_and_settings_name_its_data_and_no_machine(name):
+    path = packaged.resolve(name)
     card = (path / "README.md").read_text(encoding="utf-8")
     for needed in ("CC-BY-SA 3.0", "sweethome3d-furniture", "megaglest-data", "LPIPS"):
         assert needed in card

@@ -37,16 +37,6 @@ def test_the_packaged_model_is_the_preset_beside_the_mini():
     assert any(name.startswith("pixelnerf.") for name in weights)
 
 
-def test_its_card_and_settings_name_its_data_and_no_machine():
-    path = packaged.resolve("scene_mini")
-    card = (path / "README.md").read_text(encoding="utf-8")
-    for needed in ("CC-BY-SA 3.0", "sweethome3d-furniture", "megaglest-data", "LPIPS"):
-        assert needed in card
-    metadata = json.loads((path / folder.CONFIG).read_text())["metadata"]
-    assert metadata["steps"] > 0
-    assert not {"run", "data", "latents"} & set(metadata["training"])
-
-
 @pytest.mark.slow
 def test_frames_between_the_views_are_nearer_the_truth_than_any_view():
     """A painted sky, ten degrees a frame: views 0, 2 and 4 are given."""

@@ -1,9 +1,10 @@
 """What points have for the four cells around them, added up: the transpose of bilinear look-ups.
 
 Axes: `n` map, `m` point, `h w` cells, `c` channel. Sums are float32. Every cell gets what thousands
-of points have for it: as a scatter, that is as many additions to few addresses, which wait for each
-other. The points' weights for the cells are a matrix, and a product of matrices adds up as well;
-most of it is 0, so points near each other should be neighbours, as the samples of a ray are.
+of points have for it: as a scatter, that is as many additions to few addresses, which may have to
+wait for each other (docs/kernels.md has what was measured). The points' weights for the cells are a
+matrix, and a product of matrices adds up as well; most of it is 0, so points near each other should
+be neighbours, as the samples of a ray are.
 
 `fused` is a Pallas (Triton) kernel that multiplies only rows of cells which some of the points at
 hand reach, and keeps the weights in registers; `products` multiplies all, from memory; `scatter`,

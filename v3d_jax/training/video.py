@@ -41,7 +41,7 @@ class Frozen(NamedTuple):
     autoencoder: Params
     lpips: perceptual.Networks | None
     rest: Params  # of UNet and tower, what does not learn
-    # Of latents; here, so that no compiled step depends on the autoencoder's settings.
+    # Of latents; here, so that a compiled perceptual term serves every autoencoder.
     scale: Float[Array, ""]
 
 

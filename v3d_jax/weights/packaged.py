@@ -16,6 +16,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{folder.CONFIG}")))
 
 
+def named(name_or_path: str | None, scenes: bool) -> str:
+    """What was named, or where nothing was the packaged model of scenes, or else of objects."""
+    return name_or_path or ("scene_mini" if scenes else "mini")
+
+
 def path(name: str) -> Path:
     """The folder of a packaged model; `UserError` names those there are if it is none of them."""
     if name in names():
