@@ -1,4 +1,4 @@
-"""Adding up the gradient of a scene model's feature maps, by scatter, by products, by the kernel.
+"""Adding up the gradient of a scene model's feature maps, by scatter and by products.
 
     python benchmarks/corner_sums.py
     python benchmarks/corner_sums.py --clips 1 --rays 32
@@ -69,13 +69,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--rays", type=int, help="a part's; the model's if not given")
     args = parser.parse_args()
-    ways = {
-        "scatter": corner_sums.scatter,
-        "scatter, all": scatter_all,
-        "products": products,
-    }
-    if jax.default_backend() == "gpu":
-        ways["kernel"] = corner_sums.fused
+    ways = {"scatter": corner_sums.scatter, "scatter, all": scatter_all, "products": products}
     print(
         f"| {jax.devices()[0].device_kind}, {args.clips} clips | way | ms | ms a step | GB | off |"
     )
