@@ -1,5 +1,6 @@
 """The mesh, the rule for weights, and placing batches."""
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -7,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
-from v3d_jax import errors
+from v3d_jax import errors, state
+from v3d_jax.nn import layers
+from v3d_jax.ops import target
 from v3d_jax.parallel import mesh as meshes
-from v3d_jax.parallel import multihost, sharding
+from v3d_jax.parallel import multihost, program, sharding
 
 
 @pytest.mark.parametrize(
@@ -101,17 +105,61 @@ def test_devices_gather_kernels_and_no_activations():
         in_shardings=(placements, sharding.batch(mesh)),
         out_shardings=(sharding.replicated(mesh), placements),
     )
-    program = sharded.lower(kernels, x).compile().as_text()
-    gathered = set(re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program))
+    text = sharded.lower(kernels, x).compile().as_text()
+    gathered = set(re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text))
     assert gathered == {"256,512", "512,256"}
-    assert "all-to-all" not in program
-    assert "collective-permute" not in program
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
     value, grads = sharded(kernels, x)
     expected_value, expected = step(kernels, x)  # without a mesh nothing is gathered
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     for got, wanted in zip(grads, expected, strict=True):
         assert got.addressable_shards[0].data.size == 256 * 512 // 8
         np.testing.assert_allclose(got, wanted, atol=1e-7)
+
+
+def test_gradients_on_gpus_are_laid_out_where_they_lie():
+    """Each kernel is gathered once, and no gradient is."""
+    mesh = meshes.make(meshes.MeshConfig(8))
+    kernel = np.random.default_rng(0).standard_normal((256, 512), np.float32) / 16
+    x = np.random.default_rng(1).standard_normal((16, 256), np.float32)
+    key = jax.random.key(0)
+
+    def loss(kernel, frozen, x, key):
+        del frozen, key
+        return jnp.mean((x @ sharding.whole(kernel)) ** 2), {}
+
+    placement, everywhere = sharding.weights(kernel, mesh), sharding.replicated(mesh)
+    step = jax.jit(
+        sharding.on_mesh(functools.partial(state.gradients, loss, placements=placement), mesh),
+        in_shardings=(placement, None, sharding.batch(mesh), everywhere),
+        out_shardings=(everywhere, everywhere, placement),
+    )
+    with target.traced_for("cuda"):
+        compiled = step.lower(kernel, None, x, key).compile()
+    gathers = [one for one in program.collectives(compiled.as_text()) if one.kind == "all-gather"]
+    assert gathers == [program.Collective("all-gather", 1, 256 * 512 * 4)]
+    expected = jax.grad(lambda kernel: jnp.mean((x @ kernel) ** 2))(kernel)
+    np.testing.assert_allclose(compiled(kernel, None, x, key)[2], expected, atol=1e-7)
+
+
+def test_what_a_feed_forward_computes_again_gathers_nothing():
+    mesh = meshes.make(meshes.MeshConfig(8))
+    abstract = nnx.eval_shape(lambda: layers.FeedForward(256, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract)
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graphdef, params)(x) ** 2)
+
+    placements = sharding.weights(params, mesh)
+    step = jax.jit(
+        sharding.on_mesh(jax.grad(loss), mesh),
+        in_shardings=(placements, sharding.batch(mesh)),
+        out_shardings=placements,
+    )
+    compiled = step.lower(params, jax.ShapeDtypeStruct((16, 5, 256), jnp.float32)).compile()
+    gathers = [one for one in program.collectives(compiled.as_text()) if one.kind == "all-gather"]
+    assert gathers == [program.Collective("all-gather", 2, 12 * 256 * 256 * 4)]
 
 
 @pytest.mark.parametrize(("fsdp", "frames", "seen"), [(2, 1, 2), (8, 1, 2), (2, 2, 16), (1, 8, 16)])

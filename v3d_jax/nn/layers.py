@@ -201,10 +201,13 @@ class FeedForward(nnx.Module):
         """Applies to every token alone.
 
         For the gradient the projected tokens are kept and not their gated product, which is made
-        again from them: these are the widest arrays of a transformer.
+        again from them: these are the widest arrays of a transformer. A gathered kernel is kept.
         """
         graphdef, params = nnx.split(self.out)
-        narrow = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(_gated(x)))
+        narrow = jax.checkpoint(
+            lambda params, x: nnx.merge(graphdef, params)(_gated(x)),
+            policy=jax.checkpoint_policies.save_only_these_names(sharding.WHOLE),
+        )
         return narrow(params, self.proj(x))
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from v3d_jax import errors
 from v3d_jax.parallel import mesh as mesh_axes
+
+WHOLE = "whole"  # what policies of rematerialisation call a gathered weight
 
 # Below this many elements, gathering a weight costs more than keeping it everywhere.
 SMALL = 2**16
@@ -118,7 +121,8 @@ def whole(kernel: Array) -> Array:
     split = rule(kernel.shape, mesh.shape[mesh_axes.FSDP])
     if split == PartitionSpec():
         return kernel
-    return _gathered(kernel, NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, split))
+    made = _gathered(kernel, NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, split))
+    return checkpoint_name(made, WHOLE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
