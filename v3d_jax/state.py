@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from v3d_jax import errors
 from v3d_jax.ops import compiling, target
+from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
 
 Params = PyTree  # of jax arrays; of numpy arrays or shapes where that is said
@@ -313,5 +314,5 @@ def sharded_step(
         donate_argnums=0,
         # What a step does not read lies on the devices all the same, and a plan counts it.
         keep_unused=True,
-        compiler_options=compiling.STEP.get(mesh.devices.flat[0].platform),
+        compiler_options=compiling.step(mesh.devices.flat[0].platform, mesh.shape[meshes.FSDP]),
     )

@@ -90,6 +90,11 @@ def _flops(eqn: Any) -> float:
         # A transposed convolution multiplies with the zeros between its inputs only on paper.
         spread = math.prod(params["lhs_dilation"])
         return 2.0 * taps * math.prod(eqn.outvars[0].aval.shape) / spread
+    if name.startswith("dot_product_attention_"):
+        # cuDNN's: scores and their sums, or the scores again and four gradients.
+        (b, queries, heads, channels), keys = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+        products = 5.0 if "bwd" in name else 2.0
+        return products * 2.0 * b * heads * queries * keys * channels
     inner = [flops(jaxpr) for jaxpr in _inner(params)]
     if not inner:
         return 0.0

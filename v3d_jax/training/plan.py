@@ -64,7 +64,7 @@ def make(settings: config.TrainConfig, name: str) -> Plan:
     """Compiles the step for the topology of this name; takes minutes at the published size.
 
     Must come before anything that touches a device. Raises `UserError` for an unknown name, for
-    settings that do not fit the mesh or have no plan, and where libtpu is not installed.
+    settings that do not fit the mesh or have no plan, and where the compiler is not installed.
     """
     wanted = topology.find(name)
     if not isinstance(settings, config.VideoTrainConfig):
@@ -88,7 +88,8 @@ def measure(settings: config.VideoTrainConfig, wanted: Topology, devices: Any) -
     flops = program.flops(traced.jaxpr) / mesh.size
     found, temporaries, compiled = [], 0, True
     try:
-        lowered = traced.lower(lowering_platforms=(devices[0].platform,))
+        platform = "cuda" if devices[0].platform == "gpu" else devices[0].platform
+        lowered = traced.lower(lowering_platforms=(platform,))
         step = lowered.compile(_QUICK if devices[0].platform == "tpu" else None)
     except jax.errors.JaxRuntimeError as error:
         compiled, temporaries = False, _temporaries(error, sum(memory))
@@ -208,8 +209,6 @@ def report(plan: Plan) -> str:
         f"{plan.flops / chip.flops:.3f} s at its peak of {chip.flops / 1e12:.0f} TFLOP/s",
         *(f"{one.kind}: {one.count} a step, {one.bytes / 1e9:.3f} GB" for one in plan.collectives),
     ]
-    if chip.platform == "gpu":
-        lines.append("estimated: temporaries and collectives are those of the program for TPU v5p")
     verdict = "fits" if plan.fits else "does not fit"
     if not plan.compiled:
         verdict += ": the compiler ran out of memory"
