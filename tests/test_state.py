@@ -170,7 +170,8 @@ def test_a_batch_in_no_parts_is_refused():
         OptimConfig(accumulate=0)
 
 
-def test_gradients_keep_their_share_and_parts_stay_on_their_devices():
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_gradients_keep_their_share_and_parts_stay_on_their_devices(platform):
     """On a mesh, in parts: equal to one device, and split as the weights are."""
     mesh = meshes.make(meshes.MeshConfig(fsdp=2))
     placements = sharding.weights({"kernel": PARAMS["kernel"], "bias": PARAMS["bias"]}, mesh, 0)
@@ -179,9 +180,9 @@ def test_gradients_keep_their_share_and_parts_stay_on_their_devices():
     expected = state.gradients(clips_loss, PARAMS, 0.3, batch, key)
     step = functools.partial(state.gradients, clips_loss, accumulate=2, placements=placements)
     everywhere = sharding.replicated(mesh)
-    found = jax.jit(step, in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere))(
-        PARAMS, 0.3, batch, key
-    )
+    sharded = jax.jit(step, in_shardings=(placements, everywhere, sharding.batch(mesh), everywhere))
+    with target.traced_for(platform):
+        found = sharded(PARAMS, 0.3, batch, key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
     assert found[2]["kernel"].sharding.shard_shape((2, 3)) == (1, 3)
 
