@@ -15,13 +15,6 @@ slot, 45 MB. Depth keys: 0.7 M x 64 x 4 B = 180 MB, written once and read twice;
 touch as much again. About 1 GB, that is 0.25 ms at the 4.3 TB/s of an H200; 2 x 45 M integer
 atomics are 2 ms at 47 G/s.
 
-Precision: positions and edge functions at block centres are computed in two-float arithmetic and
-rounded once; inside a block offsets are at most 3.5 samples. What is left is below 1e-5 samples
-from an edge however large the face is. Corners are first sorted by position on the screen: then the
-two faces that share an edge get exactly opposite values of its function (no cracks, and a sample
-exactly on it belongs to both), and a face that repeats another with reversed winding gets the same
-depth to the bit, so that the one meant for the viewer's side shows.
-
 Faces are two-sided. A face with a vertex nearer than `near` is dropped, not clipped, and counted.
 """
 
@@ -36,10 +29,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from v3d_jax.mesh import projection
+from v3d_jax.mesh.projection import Screen
 from v3d_jax.mesh.surface import Mesh
-from v3d_jax.ops import binning, twofloat
+from v3d_jax.ops import binning
 from v3d_jax.ops.camera import Camera
-from v3d_jax.ops.twofloat import TwoFloat
 
 BLOCK = 8
 MARGIN = 1e-2  # samples added around spans: far above the rounding of float32 positions
@@ -59,6 +53,11 @@ class RasterConfig:
     slots: int = 1 << 20  # capacity: (view, face, block), all views together
     near: float = 1e-2  # world units
 
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Of a view: height and width."""
+        return self.height * self.supersample, self.width * self.supersample
+
 
 class Visibility(NamedTuple):
     """What every sample sees; `i` views of `h` x `w` samples."""
@@ -72,17 +71,6 @@ class Visibility(NamedTuple):
     def overflow(self, config: RasterConfig) -> Bool[Array, ""]:
         """Whether a capacity was too small, so that faces are missing."""
         return (self.rows > config.rows) | (self.slots > config.slots)
-
-
-class _Screen(NamedTuple):
-    """(view, face) pairs on the screen, n = i * f of them."""
-
-    x: TwoFloat  # [n, 3] corners, in ascending order of (x, y)
-    y: TwoFloat
-    inverse_depth: Float[Array, "n 3"]
-    area: Float[Array, "n"]  # twice the signed area in that order; 0: not drawn
-    front: Bool[Array, "n"]  # the file's order runs counter-clockwise for the viewer
-    near: Bool[Array, "n"]
 
 
 class _Spans(NamedTuple):
@@ -196,10 +184,8 @@ def largest(*configs: RasterConfig) -> RasterConfig:
 
 def _blocks(config: RasterConfig) -> tuple[int, int]:
     """Rows and columns of blocks that cover the image."""
-    return (
-        -(-config.height * config.supersample // BLOCK),
-        -(-config.width * config.supersample // BLOCK),
-    )
+    height, width = config.samples
+    return -(-height // BLOCK), -(-width // BLOCK)
 
 
 def _block_samples() -> tuple[np.ndarray, np.ndarray]:
@@ -213,74 +199,12 @@ def _to_image(blocks: Array, config: RasterConfig) -> Array:
     rows, columns = _blocks(config)
     image = blocks.reshape(-1, rows, columns, BLOCK, BLOCK).swapaxes(2, 3)
     image = image.reshape(-1, rows * BLOCK, columns * BLOCK)
-    return image[:, : config.height * config.supersample, : config.width * config.supersample]
+    height, width = config.samples
+    return image[:, :height, :width]
 
 
-def _project(mesh: Mesh, camera: Camera, config: RasterConfig) -> _Screen:
-    """Corners of every (view, face) on the screen, in two-float arithmetic."""
-    faces = jnp.asarray(mesh.faces)
-    points = jnp.asarray(mesh.vertices)
-    pose = camera.world_to_camera[:, :3, :, None]  # [i, axis, 4, 1]
-    local = twofloat.exact(pose[:, :, 3])
-    for k in range(3):
-        term = twofloat.product(pose[:, :, k], points[None, None, :, k])
-        local = twofloat.add(term, local)
-    z = twofloat.part(local, np.s_[:, 2:])
-    far = z.hi > config.near
-    z = TwoFloat(jnp.where(far, z.hi, 1.0), jnp.where(far, z.lo, 0.0))
-    slope = twofloat.divide(twofloat.part(local, np.s_[:, :2]), z)
-    focal = camera.intrinsics[:, :2, :, None]  # [i, axis, 3, 1]
-    pixel = twofloat.exact(focal[:, :, 2])
-    for k in range(2):
-        term = twofloat.multiply(
-            twofloat.exact(focal[:, :, k]), twofloat.part(slope, np.s_[:, k, None])
-        )
-        pixel = twofloat.add(term, pixel)
-    size = np.float32([[[config.width], [config.height]]]) * config.supersample
-    pixel = twofloat.multiply(pixel, twofloat.exact(jnp.full_like(size, config.supersample)))
-    pixel = twofloat.add(pixel, twofloat.exact(jnp.asarray(-0.5 * size)))
-
-    def corners(value: Array) -> Array:
-        return value[:, faces].reshape(-1, 3)
-
-    x, y = (jax.tree.map(corners, twofloat.part(pixel, np.s_[:, k])) for k in range(2))
-    near = ~corners(far[:, 0]).all(axis=1)
-    padding = (faces[:, 0] == faces[:, 1]) & (faces[:, 1] == faces[:, 2])
-    padding = jnp.tile(padding, camera.intrinsics.shape[0])
-    x, y, inverse, odd = _sort_corners(x, y, corners(1.0 / z.hi[:, 0]))
-    area = jnp.where(near | padding, 0.0, _area(x, y))
-    front = (area > 0) == odd  # y points down: counter-clockwise is negative
-    return _Screen(x, y, inverse, area, front, near & ~padding)
-
-
-def _sort_corners(
-    x: TwoFloat, y: TwoFloat, inverse: Float[Array, "n 3"]
-) -> tuple[TwoFloat, TwoFloat, Float[Array, "n 3"], Bool[Array, "n"]]:
-    """Corners [n, 3] in ascending order of (x, y), and whether that took an odd permutation."""
-    columns = [jax.tree.map(lambda a: a[:, k], (x, y, inverse)) for k in range(3)]  # noqa: B023
-    odd = jnp.zeros(inverse.shape[:1], bool)
-    for i, j in ((0, 1), (1, 2), (0, 1)):
-        (xi, yi, _), (xj, yj, _) = columns[i], columns[j]
-        swap = twofloat.less(xj, xi) | (twofloat.equal(xj, xi) & twofloat.less(yj, yi))
-        pick = functools.partial(jnp.where, swap)
-        columns[i], columns[j] = (
-            jax.tree.map(pick, columns[j], columns[i]),
-            jax.tree.map(pick, columns[i], columns[j]),
-        )
-        odd = odd ^ swap
-    x, y, inverse = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *columns)
-    return x, y, inverse, odd
-
-
-def _area(x: TwoFloat, y: TwoFloat) -> Float[Array, "n"]:
-    """Twice the signed area of triangles [n, 3]."""
-    ends, start = np.s_[:, 1:], np.s_[:, :1]
-    sides = [  # [n, 2] each
-        twofloat.subtract(twofloat.part(c, ends), twofloat.part(c, start)) for c in (x, y)
-    ]
-    turned = jax.tree.map(lambda a: a[:, ::-1], sides[1])
-    both = twofloat.multiply(sides[0], turned)
-    return twofloat.subtract(twofloat.part(both, np.s_[:, 0]), twofloat.part(both, np.s_[:, 1])).hi
+def _project(mesh: Mesh, camera: Camera, config: RasterConfig) -> Screen:
+    return projection.project(mesh, camera, config.samples, config.supersample, config.near)
 
 
 def _sample_range(low: Array, high: Array, size: int) -> tuple[Array, Array]:
@@ -291,9 +215,9 @@ def _sample_range(low: Array, high: Array, size: int) -> tuple[Array, Array]:
     return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
-def _spans(screen: _Screen, config: RasterConfig) -> _Spans:
+def _spans(screen: Screen, config: RasterConfig) -> _Spans:
     """Which blocks hold a sample that the face may cover."""
-    height, width = config.height * config.supersample, config.width * config.supersample
+    height, width = config.samples
     x, y = screen.x.hi, screen.y.hi
     left, right = _sample_range(x.min(axis=1), x.max(axis=1), width)
     top, bottom = _sample_range(y.min(axis=1), y.max(axis=1), height)
@@ -331,31 +255,13 @@ def _clip_to_band(
     return smallest, jnp.where(crosses, jnp.maximum(*ends), -jnp.inf).max(axis=1)
 
 
-def _edges(screen: _Screen, pair: Array, cx: Array, cy: Array) -> tuple[Array, Array, Array]:
-    """Edge functions a * dx + b * dy + c around (cx, cy), [s, 3] each; k is opposite corner k.
-
-    Positive inside: w(P) = (p - P) x (q - P) for the edge from p to q, p before q in the sorted
-    order (which turns the edge from corner 2 to corner 0 around).
-    """
-    x, y = twofloat.part(screen.x, pair), twofloat.part(screen.y, pair)
-    first, second = np.s_[:, np.asarray([1, 0, 0])], np.s_[:, np.asarray([2, 2, 1])]
-    (px, qx), (py, qy) = ((twofloat.part(c, first), twofloat.part(c, second)) for c in (x, y))
-    a, b = twofloat.subtract(py, qy), twofloat.subtract(qx, px)
-    c = twofloat.add(
-        twofloat.multiply(a, twofloat.subtract(twofloat.exact(cx[:, None]), px)),
-        twofloat.multiply(b, twofloat.subtract(twofloat.exact(cy[:, None]), py)),
-    )
-    sign = np.float32([[1.0, -1.0, 1.0]]) * jnp.sign(screen.area[pair])[:, None]
-    return sign * a.hi, sign * b.hi, sign * c.hi
-
-
 def _depth_keys(
-    screen: _Screen, pair: Array, column: Array, row: Array, config: RasterConfig
+    screen: Screen, pair: Array, column: Array, row: Array, config: RasterConfig
 ) -> Array:
     """1/depth of every slot's face at its 64 samples as ordered bits; 0 outside the face."""
-    cx = column * BLOCK + (0.5 * BLOCK - 0.5 * config.width * config.supersample)
-    cy = row * BLOCK + (0.5 * BLOCK - 0.5 * config.height * config.supersample)
-    edges = _edges(screen, pair, cx, cy)
+    height, width = config.samples
+    cx, cy = column * BLOCK + 0.5 * (BLOCK - width), row * BLOCK + 0.5 * (BLOCK - height)
+    edges = projection.edges(screen, pair, cx, cy)
     inverse = screen.inverse_depth[pair]
     steps = (inverse[:, 1:] - inverse[:, :1]) / jnp.abs(screen.area[pair])[:, None]
     slope = [jnp.sum(edge[:, 1:] * steps, axis=1) for edge in edges]
