@@ -41,12 +41,13 @@ class Topology(NamedTuple):
 GIB = 2**30
 # Memory of TPUs is what libtpu's compiler allows a program, a little less than the chip has: 16, 96
 # and 32 GiB. Of GPUs it is what JAX takes for itself unless XLA_PYTHON_CLIENT_MEM_FRACTION says
-# otherwise: three quarters of the 81,559 and 143,771 MiB that their driver names.
+# otherwise: three quarters of the MiB that their driver names.
 V5E = Chip("v5e", "tpu", int(15.75 * GIB), 197e12, "cloud.google.com/tpu/docs/v5e")
 V5P = Chip("v5p", "tpu", int(95.74 * GIB), 459e12, "cloud.google.com/tpu/docs/v5p")
 V6E = Chip("v6e", "tpu", int(31.25 * GIB), 918e12, "cloud.google.com/tpu/docs/v6e")
-H100 = Chip("h100", "gpu", 81_559 * 2**20 * 3 // 4, 989e12, "NVIDIA H100 SXM data sheet")
-H200 = Chip("h200", "gpu", 143_771 * 2**20 * 3 // 4, 989e12, "NVIDIA H200 SXM data sheet")
+_DRIVER = {"h100": 81_559 * 2**20, "h200": 143_771 * 2**20}
+H100 = Chip("h100", "gpu", _DRIVER["h100"] * 3 // 4, 989e12, "NVIDIA H100 SXM data sheet")
+H200 = Chip("h200", "gpu", _DRIVER["h200"] * 3 // 4, 989e12, "NVIDIA H200 SXM data sheet")
 
 # A Hopper GPU as XLA's compiler wants it told (GpuTargetConfigProto); sizes in bytes.
 _HOPPER = """
@@ -91,9 +92,8 @@ def _slice(count: int) -> Topology:
 
 def _gpus(chip: Chip, count: int) -> Topology:
     """GPUs, eight a machine, or a part of one machine."""
-    told = _HOPPER.format(
-        bandwidth=_BANDWIDTHS[chip.name], memory=chip.memory * 4 // 3, name=chip.name.upper()
-    )
+    name = chip.name
+    told = _HOPPER.format(bandwidth=_BANDWIDTHS[name], memory=_DRIVER[name], name=name.upper())
     machines = max(1, count // 8)
     return Topology(f"{chip.name}-{count}", chip, count, f"1x{machines}x{count // machines}", told)
 
