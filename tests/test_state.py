@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from v3d_jax import errors, state
-from v3d_jax.ops import target
+from v3d_jax.ops import compiling, target
 from v3d_jax.parallel import mesh as meshes
 from v3d_jax.parallel import sharding
 from v3d_jax.state import OptimConfig
@@ -202,6 +202,14 @@ def test_gradients_lie_as_parameters_do_on_gpus():
     with target.traced_for("cuda"):
         found = re.findall(r"layout_constraint\[\s*layout=.*?major_to_minor=\(([^)]*)\)", trace())
     assert sorted(found) == ["0,", "0, 1, 2, 3"]  # every axis where it is
+
+
+def test_gradients_are_split_so_many_bytes_at_a_time_however_many_devices_split_them():
+    """The compiler for GPUs counts what one of them keeps."""
+    name = "xla_gpu_reduce_scatter_combine_threshold_bytes"
+    at_once = [shares * compiling.step("gpu", shares)[name] for shares in (1, 2, 64)]
+    assert at_once == 3 * [64 * 2**20]
+    assert compiling.step("cpu", 2) is None
 
 
 def test_stochastic_rounding_keeps_the_mean():

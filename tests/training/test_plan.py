@@ -258,6 +258,7 @@ def test_the_published_size_fits(name, clips, gigabytes, work, kinds):
     assert set(counts) - {"collective-permute"} == kinds
     # Gradients are split as they are made, not all at the end.
     assert int(counts.get("reduce-scatter", 40)) >= 40
+    assert text.endswith("fits\n")
 
 
 @pytest.mark.cuda_aot

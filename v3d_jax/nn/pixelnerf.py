@@ -295,7 +295,7 @@ def look_up(
     pixels = jnp.where(seen[..., None], pixels * scale[:, :, None], 0.0)
     # Rays and samples apart, or devices that divide the rays could not divide what follows.
     pixels, seen = (x.reshape(*x.shape[:2], n, s, *x.shape[3:]) for x in (pixels, seen))
-    return sharding.each_clip(view_moments.moments, maps, wide, pixels, seen)
+    return view_moments.moments(maps, wide, pixels, seen)
 
 
 def in_view(cameras: Camera, points: Float[Array, "b n s 3"]) -> Float[Array, "b n s 3"]:
